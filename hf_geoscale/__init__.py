@@ -1,0 +1,44 @@
+"""FP8 attention for Hugging Face Transformers whose scales come from the geometry of the weights."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Public names and their homes; imported on first use, so that `import hf_geoscale` costs nothing.
+_HOMES = {
+    "GeoScaleCallback": "integrations",
+    "GeoScaleConfig": "config",
+    "NonFiniteWeightsError": "errors",
+    "UnsupportedAttentionError": "errors",
+    "UnsupportedModelError": "errors",
+    "fp8_attention": "kernels",
+    "geometry_report": "integrations",
+    "patch_model": "integrations",
+    "refresh_scales": "integrations",
+    "unpatch_model": "integrations",
+}
+
+__all__ = sorted(_HOMES)
+
+if TYPE_CHECKING:
+    from .config import GeoScaleConfig as GeoScaleConfig
+    from .errors import NonFiniteWeightsError as NonFiniteWeightsError
+    from .errors import UnsupportedAttentionError as UnsupportedAttentionError
+    from .errors import UnsupportedModelError as UnsupportedModelError
+    from .integrations import GeoScaleCallback as GeoScaleCallback
+    from .integrations import geometry_report as geometry_report
+    from .integrations import patch_model as patch_model
+    from .integrations import refresh_scales as refresh_scales
+    from .integrations import unpatch_model as unpatch_model
+    from .kernels import fp8_attention as fp8_attention
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,36 @@
+"""Spectral norms, certificates and the rank-aware bound; torch only."""
+
+from .certificates import Projection, entry_bound, logit_bound, norm_bound, operand_bound
+from .layer import LayerGeometry, measure_layer
+from .rank_aware import alpha_min, rank_aware_gain, typicality_gamma
+from .spectral import (
+    gram,
+    interaction_power_iteration,
+    interaction_sigma_upper,
+    looseness,
+    power_iteration,
+    sigma_upper,
+    start_vectors,
+    trace_power_bound,
+)
+
+__all__ = [
+    "LayerGeometry",
+    "Projection",
+    "alpha_min",
+    "entry_bound",
+    "gram",
+    "interaction_power_iteration",
+    "interaction_sigma_upper",
+    "logit_bound",
+    "looseness",
+    "measure_layer",
+    "norm_bound",
+    "operand_bound",
+    "power_iteration",
+    "rank_aware_gain",
+    "sigma_upper",
+    "start_vectors",
+    "trace_power_bound",
+    "typicality_gamma",
+]

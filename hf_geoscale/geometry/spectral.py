@@ -1,0 +1,132 @@
+"""Spectral norms of attention projections, bounded from both sides.
+
+A scale may depend only on an *upper* bound: power iteration approaches a spectral norm from below, so it serves
+for monitoring. Both sides run in float64 on the weights' device, batched over heads, and never form a d×d matrix.
+Shapes use H heads, D head dimension, d input width; Hq and Hkv query and key/value heads.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+SQUARINGS = 7
+"""Repeated squarings of a Gram matrix: p = 2⁷ = 128, so sigma_upper ≤ D^(1/256)·σ (1.9 % high at D = 128)."""
+
+ROUNDING_ALLOWANCE = 2.0**-40
+"""Relative widening of upper bounds for float64 round-off: D·d·2⁻⁵³ stays below it up to D·d = 8192."""
+
+COLD_ROUNDS = 24
+"""Power-iteration rounds from a random start (a guess: 10 reach 0.92 σ on random heads, docs/numerics.md)."""
+
+WARM_ROUNDS = 1
+"""Rounds from the vector of the last refresh; the weights moved by one optimizer step."""
+
+
+def gram(
+    matrix: Tensor,  # (H, D, d)
+) -> Tensor:
+    """Gram matrices G = A Aᵀ in float64: (H, D, D)."""
+    matrix = matrix.double()
+    return matrix @ matrix.mT
+
+
+def trace_power_bound(
+    matrix: Tensor,  # (..., D, D)
+    squarings: int = SQUARINGS,
+) -> Tensor:
+    """Upper bound λ_max(G) ≤ (tr G^p)^(1/p), p = 2^squarings, by repeated squaring.
+
+    Assumes real, non-negative eigenvalues (a Gram matrix, or the product of two); it is not a bound otherwise.
+    Each power is divided by its trace and the logarithm is kept, so nothing over- or underflows.
+
+    Returns:
+        (...) float64, at most D^(1/p) times the true eigenvalue; 0 for a zero matrix.
+    """
+    power = matrix.double()
+    tiny = torch.finfo(torch.float64).tiny
+    log_bound = torch.zeros(power.shape[:-2], dtype=torch.float64, device=power.device)
+    for i in range(squarings + 1):
+        if i:
+            power = power @ power
+        trace = power.diagonal(dim1=-2, dim2=-1).sum(-1)
+        trace = torch.where(trace <= 0, tiny, trace)  # rounding can leave −0; NaN stays NaN and is refused later
+        log_bound += trace.log() / 2**i
+        power = power / trace[..., None, None]
+    return log_bound.exp()
+
+
+def sigma_upper(
+    gram_matrix: Tensor,  # (H, D, D)
+) -> Tensor:
+    """Upper bound of σ(A) per head from its Gram matrix G = A Aᵀ: (H,) float64."""
+    return trace_power_bound(gram_matrix).sqrt() * (1 + ROUNDING_ALLOWANCE)
+
+
+def interaction_sigma_upper(
+    gram_q: Tensor,  # (Hq, D, D)
+    gram_k: Tensor,  # (Hkv, D, D)
+) -> Tensor:
+    """Upper bound of σ(A_Qᵀ A_K) per query head, from σ² = λ_max(G_Q G_K): (Hq,) float64.
+
+    Query head h reads key head h // (Hq/Hkv); keys are broadcast, never repeated. With RoPE this norm does **not**
+    bound a logit: use `hf_geoscale.geometry.logit_bound` for that.
+    """
+    heads, dim, _ = gram_q.shape
+    grouped = gram_q.view(gram_k.shape[0], -1, dim, dim)
+    squared = trace_power_bound(grouped @ gram_k[:, None]).view(heads)
+    product = trace_power_bound(gram_q).view_as(grouped[..., 0, 0]) * trace_power_bound(gram_k)[:, None]
+    return (squared + ROUNDING_ALLOWANCE * product.reshape(heads)).sqrt()
+
+
+def start_vectors(heads: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """Unit start vectors (H, d) in float64, the same on every rank and run (generator seed 0)."""
+    vectors = torch.randn(heads, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.normalize(vectors, dim=-1).to(device)
+
+
+def power_iteration(
+    matrix: Tensor,  # (H, D, d)
+    vectors: Tensor,  # (H, d), unit length
+    rounds: int = WARM_ROUNDS,
+) -> tuple[Tensor, Tensor]:
+    """Lower bound of σ(A) per head: v ← Aᵀ(A v), normalised, `rounds` times.
+
+    Returns:
+        sigma_lower (H,) = ‖A v‖ and the vectors (H, d) to warm-start the next call with.
+    """
+    matrix = matrix.double()
+    for _ in range(rounds):
+        image = matrix @ vectors[..., None]
+        vectors = torch.nn.functional.normalize((matrix.mT @ image).squeeze(-1), dim=-1)
+    return (matrix @ vectors[..., None]).squeeze(-1).norm(dim=-1), vectors
+
+
+def interaction_power_iteration(
+    matrix_q: Tensor,  # (Hq, D, d)
+    matrix_k: Tensor,  # (Hkv, D, d)
+    vectors: Tensor,  # (Hq, d), unit length
+    rounds: int = WARM_ROUNDS,
+) -> tuple[Tensor, Tensor]:
+    """Lower bound of σ(M), M = A_Qᵀ A_K, per query head: implicit power iteration on Mᵀ M.
+
+    Four matrix-vector products a round, M itself is never formed; a group's query heads share the key head by
+    broadcasting. Source: arXiv 2602.18851 (from its abstract).
+
+    Returns:
+        sigma_lower (Hq,) = ‖M v‖ and the vectors (Hq, d) to warm-start the next call with.
+    """
+    kv_heads = matrix_k.shape[0]
+    q = matrix_q.double().view(kv_heads, -1, *matrix_q.shape[1:])  # (Hkv, G, D, d)
+    k = matrix_k.double()[:, None]  # (Hkv, 1, D, d)
+    grouped = vectors.view(kv_heads, -1, vectors.shape[-1], 1)  # (Hkv, G, d, 1)
+    for _ in range(rounds):
+        image = q.mT @ (k @ grouped)
+        grouped = torch.nn.functional.normalize(k.mT @ (q @ image), dim=-2)
+    sigma = (q.mT @ (k @ grouped)).norm(dim=(-2, -1)).reshape(-1)
+    return sigma, grouped.reshape(vectors.shape)
+
+
+def looseness(dim: int, squarings: int = SQUARINGS) -> float:
+    """Largest factor by which `sigma_upper` can exceed σ: D^(1/2p), p = 2^squarings."""
+    return math.exp(math.log(dim) / 2 ** (squarings + 1)) * (1 + ROUNDING_ALLOWANCE)

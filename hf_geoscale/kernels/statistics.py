@@ -1,0 +1,44 @@
+"""What an attention call saw: overflow counts and the share of each bound in use. Tensors, so that no call waits for a GPU."""
+
+import torch
+from torch import Tensor
+
+
+class AttentionStatistics:
+    """Running totals over calls since the last `reset`; all on the operands' device.
+
+    `range_used` maps "q", "k", "v" to (H,): the largest |x·quant_scale| / 448 seen per head; above 1 is an overflow.
+    `logit_amax` is (Hq,): the largest visible |q·k|·softmax_scale, or None unless `observe_logits`.
+    """
+
+    def __init__(self, observe_logits: bool = False):
+        self.observe_logits = observe_logits
+        self.reset()
+
+    def reset(self) -> None:
+        self.overflow: Tensor | None = None  # () int64: values beyond ±448 before a cast, forward and backward
+        self.range_used: dict[str, Tensor] = {}
+        self.logit_amax: Tensor | None = None
+
+    def add_overflow(self, count: Tensor) -> None:
+        self.overflow = count if self.overflow is None else self.overflow.to(count.device) + count
+
+    def add_range(self, operand: str, used: Tensor) -> None:
+        old = self.range_used.get(operand)
+        self.range_used[operand] = used if old is None else torch.maximum(old.to(used.device), used)
+
+    def add_logits(self, amax: Tensor) -> None:
+        old = self.logit_amax
+        self.logit_amax = amax if old is None else torch.maximum(old.to(amax.device), amax)
+
+    @property
+    def overflows(self) -> int:
+        """Overflow count as a number; waits for the device."""
+        return 0 if self.overflow is None else int(self.overflow)
+
+    @property
+    def worst_range_used(self) -> float | None:
+        """Largest share of the FP8 range in use over q, k, v and heads; None before the first call. Waits for the device."""
+        if not self.range_used:
+            return None
+        return max(float(used.amax()) for used in self.range_used.values())
