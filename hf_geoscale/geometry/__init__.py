@@ -1,7 +1,7 @@
 """Spectral norms, certificates and the rank-aware bound; torch only."""
 
 from .certificates import Projection, entry_bound, logit_bound, norm_bound, operand_bound
-from .layer import LayerGeometry, measure_layer
+from .layer import LayerGeometry, measure_interaction, measure_layer
 from .rank_aware import alpha_min, rank_aware_gain, typicality_gamma
 from .spectral import (
     gram,
@@ -24,6 +24,7 @@ __all__ = [
     "interaction_sigma_upper",
     "logit_bound",
     "looseness",
+    "measure_interaction",
     "measure_layer",
     "norm_bound",
     "operand_bound",

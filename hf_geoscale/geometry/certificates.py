@@ -37,6 +37,11 @@ class Projection:
         weight = torch.diag(gain.detach().double()).expand(heads, -1, -1)
         return cls(weight, rotary_factor=rotary_factor)
 
+    @property
+    def has_offset(self) -> bool:
+        """Whether c can differ from 0: a norm shift or a bias."""
+        return self.norm_shift is not None or self.bias is not None
+
     def matrix(self) -> Tensor:
         """rotary_factor · W diag(g): (H, D, d) float64."""
         weight = self.weight.detach().double()

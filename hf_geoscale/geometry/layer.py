@@ -25,18 +25,22 @@ class LayerGeometry:
     k_bound: Tensor  # (Hkv,)
     v_bound: Tensor  # (Hkv,)
     logit_bound: Tensor  # (Hq,)
-    sigma_lower: Tensor  # (Hq,) of the interaction A_Qᵀ A_K, without RoPE
-    sigma_upper: Tensor  # (Hq,)
-    worst_case_logit: Tensor  # (Hq,) B₁ = σ·‖u‖²·softmax_scale of arXiv 2602.18851; not RoPE-safe
+    sigma_lower: Tensor  # (Hq,) of the interaction A_Qᵀ A_K, without RoPE; tracked for monitoring
     vectors: Tensor  # (Hq, d) warm start of the next refresh
-    max_weight_drift: Tensor  # () see `weight_drift_budget`
+    max_weight_drift: float  # see `weight_drift_budget`; 0 without headroom
+
+
+def augment(
+    matrix: Tensor,  # (H, D, d)
+    offset: Tensor,  # (H, D)
+) -> Tensor:
+    """[A c], so that A u + c = [A c][u 1]ᵀ and ‖[u 1]‖² ≤ d + 1: (H, D, d + 1)."""
+    return torch.cat([matrix, offset[..., None]], dim=-1)
 
 
 def weight_drift_budget(
     projection: Projection,
-    matrix: Tensor,  # (H, D, d)
-    sigma: Tensor,  # (H,)
-    bound: Tensor,  # (H,)
+    bound: Tensor,  # (H,) its certificate
     headroom: float,
 ) -> Tensor:
     """Largest movement m of any single weight that cannot carry the operand past `headroom` × its bound: ().
@@ -44,8 +48,8 @@ def weight_drift_budget(
     Moving every entry of W, g, β and b by at most m moves A by at most m·(√(D·d)·(max|g| + m) + σ(W)) and c by at most
     m·(√(D·d)·(‖β‖ + √d·m) + √d·σ(W) + √D). σ(W) ≤ ‖W‖_F. Solved with m ≤ 1, which any trained weight satisfies.
     """
-    heads, dim, width = matrix.shape
     weight = projection.weight.detach().double()
+    _, dim, width = weight.shape
     gain = torch.ones((), dtype=torch.float64, device=weight.device)
     if projection.norm_gain is not None:
         gain = projection.norm_gain.detach().double().abs().amax()
@@ -75,23 +79,24 @@ def measure_layer(
         vectors: warm start; None starts cold.
         headroom: factor the scales leave above the certificates, for `max_weight_drift`.
     """
-    matrices = [p.matrix() for p in (query, key, value)]
-    offsets = [p.offset() for p in (query, key, value)]
-    grams = [gram(m) for m in matrices]
-    sigmas = [sigma_upper(g) for g in grams]
+    projections = (query, key, value)
+    matrices = [p.matrix() for p in projections]
+    offsets = [p.offset() for p in projections]
+    heads = [m.shape[0] for m in matrices]
+    sigmas = sigma_upper(torch.cat([gram(m) for m in matrices])).split(heads)
     bounds = [norm_bound(s, o, m.shape[-1]) for s, o, m in zip(sigmas, offsets, matrices, strict=True)]
-    drift = [
-        weight_drift_budget(p, m, s, b, headroom)
-        for p, m, s, b in zip((query, key, value), matrices, sigmas, bounds, strict=True)
-    ]
-    # An offset is one more column: A u + c = [A c][u 1]ᵀ, and ‖[u 1]‖² ≤ d + 1.
-    augmented = [torch.cat([m, o[..., None]], dim=-1) for m, o in zip(matrices[:2], offsets[:2], strict=True)]
-    width = matrices[0].shape[-1] + 1
-    rounds = WARM_ROUNDS
-    if vectors is None or vectors.shape != (augmented[0].shape[0], width):
-        vectors, rounds = start_vectors(augmented[0].shape[0], width), COLD_ROUNDS
-    lower, vectors = interaction_power_iteration(*augmented, vectors.to(matrices[0].device), rounds)
-    upper = interaction_sigma_upper(*(gram(m) for m in augmented))
+    drift = (
+        [weight_drift_budget(p, b, headroom) for p, b in zip(projections, bounds, strict=True)] if headroom > 1 else []
+    )
+    matrix_q, matrix_k = matrices[:2]
+    if query.has_offset or key.has_offset:
+        matrix_q, matrix_k = augment(matrix_q, offsets[0]), augment(matrix_k, offsets[1])
+    width, rounds = matrix_q.shape[-1], WARM_ROUNDS
+    if matrix_k.shape[-1] != width:
+        raise ValueError(f"q and k must see the same token, got widths {width} and {matrix_k.shape[-1]}")
+    if vectors is None or vectors.shape != (heads[0], width):
+        vectors, rounds = start_vectors(heads[0], width), COLD_ROUNDS
+    lower, vectors = interaction_power_iteration(matrix_q, matrix_k, vectors.to(matrix_q.device), rounds)
     q_bound, k_bound, v_bound = bounds
     return LayerGeometry(
         q_bound=q_bound,
@@ -99,8 +104,18 @@ def measure_layer(
         v_bound=v_bound,
         logit_bound=logit_bound(q_bound, k_bound, softmax_scale),
         sigma_lower=lower,
-        sigma_upper=upper,
-        worst_case_logit=upper * width * softmax_scale,
         vectors=vectors,
-        max_weight_drift=torch.stack(drift).amin(),
+        max_weight_drift=min(map(float, drift), default=0.0),
     )
+
+
+def measure_interaction(query: Projection, key: Projection, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """Upper bound of σ(A_Qᵀ A_K) and B₁ = σ·‖u‖²·softmax_scale of arXiv 2602.18851, both (Hq,) float64.
+
+    With an offset the matrices gain it as a column and ‖[u 1]‖² ≤ d + 1. B₁ bounds a logit only without RoPE.
+    """
+    matrix_q, matrix_k = query.matrix(), key.matrix()
+    if query.has_offset or key.has_offset:
+        matrix_q, matrix_k = augment(matrix_q, query.offset()), augment(matrix_k, key.offset())
+    sigma = interaction_sigma_upper(gram(matrix_q), gram(matrix_k))
+    return sigma, sigma * matrix_q.shape[-1] * softmax_scale

@@ -46,14 +46,15 @@ def trace_power_bound(
     power = matrix.double()
     tiny = torch.finfo(torch.float64).tiny
     log_bound = torch.zeros(power.shape[:-2], dtype=torch.float64, device=power.device)
-    for i in range(squarings + 1):
-        if i:
-            power = power @ power
+    for i in range(squarings):
         trace = power.diagonal(dim1=-2, dim2=-1).sum(-1)
-        trace = torch.where(trace <= 0, tiny, trace)  # rounding can leave −0; NaN stays NaN and is refused later
+        trace = torch.where(trace <= 0, tiny, trace)  # a zero matrix, or −0 by rounding; NaN stays NaN
         log_bound += trace.log() / 2**i
         power = power / trace[..., None, None]
-    return log_bound.exp()
+        if i < squarings - 1:
+            power = power @ power
+    trace = (power * power.mT).sum((-2, -1))  # the last square needs only its trace
+    return (log_bound + trace.clamp_min(tiny).log() / 2**squarings).exp()
 
 
 def sigma_upper(
@@ -110,21 +111,29 @@ def interaction_power_iteration(
 ) -> tuple[Tensor, Tensor]:
     """Lower bound of σ(M), M = A_Qᵀ A_K, per query head: implicit power iteration on Mᵀ M.
 
-    Four matrix-vector products a round, M itself is never formed; a group's query heads share the key head by
-    broadcasting. Source: arXiv 2602.18851 (from its abstract).
+    Four matrix-vector products a round; neither M nor repeated keys are ever formed. Source: arXiv 2602.18851 (from its abstract).
 
     Returns:
         sigma_lower (Hq,) = ‖M v‖ and the vectors (Hq, d) to warm-start the next call with.
     """
-    kv_heads = matrix_k.shape[0]
-    q = matrix_q.double().view(kv_heads, -1, *matrix_q.shape[1:])  # (Hkv, G, D, d)
-    k = matrix_k.double()[:, None]  # (Hkv, 1, D, d)
-    grouped = vectors.view(kv_heads, -1, vectors.shape[-1], 1)  # (Hkv, G, d, 1)
+    q, k = matrix_q.double(), matrix_k.double()
+    heads, kv_heads = q.shape[0], k.shape[0]
     for _ in range(rounds):
-        image = q.mT @ (k @ grouped)
-        grouped = torch.nn.functional.normalize(k.mT @ (q @ image), dim=-2)
-    sigma = (q.mT @ (k @ grouped)).norm(dim=(-2, -1)).reshape(-1)
-    return sigma, grouped.reshape(vectors.shape)
+        image = _apply_keys(k, vectors)  # A_K v
+        image = (q @ (q.mT @ image.view(heads, -1, 1))).squeeze(-1)  # A_Q A_Qᵀ A_K v
+        columns = image.view(kv_heads, heads // kv_heads, -1).mT
+        vectors = torch.nn.functional.normalize((k.mT @ columns).mT.reshape(heads, -1), dim=-1)  # A_Kᵀ A_Q A_Qᵀ A_K v
+    sigma = (q.mT @ _apply_keys(k, vectors).view(heads, -1, 1)).squeeze(-1).norm(dim=-1)
+    return sigma, vectors
+
+
+def _apply_keys(
+    matrix_k: Tensor,  # (Hkv, D, d)
+    vectors: Tensor,  # (Hq, d)
+) -> Tensor:
+    """A_K v per query head, (Hq, D): a group's vectors are the columns of one product, so A_K is never expanded."""
+    columns = vectors.view(matrix_k.shape[0], -1, vectors.shape[-1]).mT
+    return (matrix_k @ columns).mT.reshape(vectors.shape[0], -1)
 
 
 def looseness(dim: int, squarings: int = SQUARINGS) -> float:

@@ -13,7 +13,9 @@ HEAD_DIM_STEP, HEAD_DIM_MAX = 16, 256
 
 class _FP8Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, visibility, options, precision, stats):
+    def forward(
+        ctx, query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, visibility, options, precision, stats
+    ):
         with torch.autocast(query.device.type, enabled=False):
             operands = reference.quantize(
                 query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, options, precision, stats

@@ -42,7 +42,10 @@ def dropout_keep(
     quads = torch.arange(int(columns[0]) // 4, (int(columns[-1]) + 4) // 4, device=device)
     heads = torch.arange(batch_heads, device=device)
     counter = torch.broadcast_tensors(
-        quads[None, None, :], rows[None, :, None].long(), heads[:, None, None], torch.zeros((), dtype=torch.long, device=device)
+        quads[None, None, :],
+        rows[None, :, None].long(),
+        heads[:, None, None],
+        torch.zeros((), dtype=torch.long, device=device),
     )
     words = torch.stack(philox(counter, seed), dim=-1).flatten(-2)
     return words[..., : columns.shape[0]] >= int(dropout_p * 2**32)

@@ -141,7 +141,11 @@ def _keep(options: Options, batch: int, heads: int, rows: slice, keys: slice, de
 
 
 def forward(
-    operands: Operands, visibility: Visibility, options: Options, out_dtype: torch.dtype, statistics: AttentionStatistics
+    operands: Operands,
+    visibility: Visibility,
+    options: Options,
+    out_dtype: torch.dtype,
+    statistics: AttentionStatistics,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention output O (B, Hq, Lq, D) in `out_dtype`, row maxima of S_log2 and row sums of P̃ (both (B, Hq, Lq) float32).
 

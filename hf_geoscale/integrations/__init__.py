@@ -1,0 +1,17 @@
+"""Hugging Face: families, patching, masks, callback."""
+
+from .callback import GeoScaleCallback
+from .families import FAMILIES
+from .patching import patch_model, patched_layers, refresh_scales, unpatch_model
+from .report import GeometryReport, geometry_report
+
+__all__ = [
+    "FAMILIES",
+    "GeoScaleCallback",
+    "GeometryReport",
+    "geometry_report",
+    "patch_model",
+    "patched_layers",
+    "refresh_scales",
+    "unpatch_model",
+]

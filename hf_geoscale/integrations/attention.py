@@ -1,0 +1,127 @@
+"""The attention function registered with transformers as `geoscale`."""
+
+import logging
+
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ..errors import UnsupportedAttentionError, UnsupportedModelError
+from ..kernels import Visibility, fp8_attention
+from .families import softmax_scale_of
+from .layer import GeoScaleLayer
+from .masks import key_range_of_mask
+
+logger = logging.getLogger(__name__)
+
+# Keyword arguments of the attention interface that change the result and that FP8 attention does not have.
+_NOT_HONOURED = {
+    "softcap": "a soft cap on the logits",
+    "position_bias": "a position bias on the logits",
+    "s_aux": "attention sinks",
+    "head_mask": "a head mask",
+    "cu_seq_lens_q": "sequence lengths of a packed batch (pass position_ids instead)",
+    "output_attentions": "returned attention probabilities (output_attentions=True)",
+}
+
+
+def _delegate(layer: GeoScaleLayer, reason: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **call):
+    """Run a call on SDPA, counted under `reason`."""
+    if not layer.delegated[reason]:
+        name = "an unsupported family" if layer.site is None else f"{layer.site.family} layer {layer.site.layer}"
+        logger.log(
+            logging.DEBUG if reason == "kv_cache" else logging.WARNING,
+            "geoscale: %s runs on SDPA in BF16/FP32 (%s); counted in geometry_report",
+            name,
+            reason,
+        )
+    layer.delegated[reason] += 1
+    visibility, mask = call.pop("visibility", None), call.pop("attention_mask")
+    if visibility is not None:
+        mask = visibility.dense(query.device)
+    return sdpa_attention_forward(module, query, key, value, mask, **call)
+
+
+def _visibility(attention_mask: Tensor | None, length: int, causal: bool, window: int | None) -> Visibility | None:
+    """What the mask of a self-attention call means, or None when ranges cannot express it."""
+    if attention_mask is None:
+        return Visibility(length, length, causal, window if causal else None)
+    if attention_mask.dim() == 3:  # key ranges of `geoscale_mask`
+        return Visibility(length, length, False, None, attention_mask)
+    if attention_mask.dim() == 4 and attention_mask.shape[2:] == (length, length):
+        key_range = key_range_of_mask(attention_mask)
+        return None if key_range is None else Visibility(length, length, False, None, key_range)
+    return None
+
+
+def geoscale_attention_forward(
+    module: nn.Module,
+    query: Tensor,  # (B, Hq, Lq, D)
+    key: Tensor,  # (B, Hkv, Lk, D)
+    value: Tensor,  # (B, Hkv, Lk, D)
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """FP8 attention of a patched layer, in the attention interface's form: ((B, Lq, Hq, D), None).
+
+    Calls whose keys come from a cache (Lq ≠ Lk) run on SDPA, counted as "kv_cache". Whatever else cannot be honoured
+    exactly raises UnsupportedAttentionError, or runs on SDPA, counted, with fallback="sdpa".
+
+    Raises:
+        UnsupportedModelError: the module was never patched.
+        UnsupportedAttentionError: a mask or option FP8 attention does not have.
+    """
+    layer = getattr(module, "geoscale", None)
+    if layer is None:
+        raise UnsupportedModelError(
+            f'{type(module).__name__} runs with attn_implementation="geoscale" but was never patched: '
+            "call hf_geoscale.patch_model(model) instead of setting the name"
+        )
+    softmax_scale = softmax_scale_of(module, scaling, query)
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    call = {
+        "attention_mask": attention_mask,
+        "dropout": dropout,
+        "scaling": softmax_scale,
+        "is_causal": is_causal,
+        **kwargs,
+    }
+    if layer.site is None:
+        return _delegate(layer, "family", module, query, key, value, **call)
+    if query.shape[2] != key.shape[2]:
+        return _delegate(layer, "kv_cache", module, query, key, value, **call)
+    visibility = _visibility(attention_mask, query.shape[2], causal, sliding_window)
+    reason = next((what for name, what in _NOT_HONOURED.items() if kwargs.get(name) not in (None, False)), None)
+    if visibility is None:
+        reason = (
+            f"a mask of shape {tuple(attention_mask.shape)} and {attention_mask.dtype} that is no range of keys per row"
+        )
+    if reason is not None:
+        if layer.config.fallback != "sdpa":
+            raise UnsupportedAttentionError(
+                f"FP8 attention cannot honour {reason} ({layer.site.family} layer {layer.site.layer}). "
+                "Remove it, or patch with fallback='sdpa' to run such calls on SDPA"
+            )
+        return _delegate(layer, reason, module, query, key, value, visibility=visibility, **call)
+    layer.calls += 1
+    scales = layer.scales(query, key, value)
+    out = fp8_attention(
+        query,
+        key,
+        value,
+        q_quant_scale=scales.q,
+        k_quant_scale=scales.k,
+        v_quant_scale=scales.v,
+        softmax_scale=softmax_scale,
+        causal=visibility.causal,
+        window=visibility.window,
+        key_range=visibility.key_range,
+        dropout_p=dropout,
+        incoherent=layer.config.incoherent,
+        precision=layer.config.precision,
+        statistics=layer.statistics,
+    )
+    return out.transpose(1, 2).contiguous(), None

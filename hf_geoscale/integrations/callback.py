@@ -1,0 +1,146 @@
+"""`GeoScaleCallback`: keep the scales fresh during `Trainer` training, and log what they saw."""
+
+import logging
+import math
+import time
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from ..config import GeoScaleConfig
+from .layer import GeoScaleLayer
+from .patching import patch_model, patched_layers, refresh_scales
+
+logger = logging.getLogger(__name__)
+
+SCHEDULED_HEADROOM = 4.0
+"""Headroom the callback patches with when it refreshes every N > 1 steps; accuracy is the same up to 64 (docs/numerics.md)."""
+
+
+def adam_step_bound(optimizer, weight_amax: float, weight_epsilon: float) -> float | None:
+    """Largest movement of any one weight in an Adam or AdamW step, or None for an optimizer without such a bound.
+
+    By Cauchy–Schwarz |m̂|/√v̂ ≤ (1 − β₁) / √((1 − β₂)(1 − β₁²/β₂)) when β₁² < β₂ (7.3 for 0.9 and 0.999; Kingma & Ba's 3.2
+    holds for a single spike only), plus weight decay, plus half a unit in the last place of the stored weight.
+
+    Args:
+        weight_amax: largest |weight|. weight_epsilon: spacing at 1 of the weights' dtype.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return None
+    bounds = []
+    for group in optimizer.param_groups:
+        (beta1, beta2), lr = group["betas"], float(group["lr"])
+        if group["amsgrad"] or not beta1**2 < beta2:
+            return None
+        ratio = (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
+        decay = group["weight_decay"] * weight_amax
+        # Adam (not AdamW) adds the decay to the gradient, which the ratio already covers.
+        bounds.append(lr * (ratio + (decay if isinstance(optimizer, torch.optim.AdamW) else 0)))
+    return max(bounds) + weight_amax * weight_epsilon / 2
+
+
+class GeoScaleCallback(TrainerCallback):
+    """Refreshes the scales when training begins, every N optimizer steps before the next forward, and when it ends.
+
+    Patches the model if nobody did. With N > 1 the certificates must also cover the weights' drift: it is bounded from the
+    optimizer's learning rate, and the refresh comes early when it could use up the headroom (each step for an optimizer
+    other than Adam or AdamW). State lives on the modules, so resuming needs nothing from here.
+
+    Each log gains `geoscale/utilisation` (worst entry/certificate since the last log), `geoscale/overflows` (total so far),
+    `geoscale/sigma_drift` (largest relative change of a head's σ at the last refresh) and `geoscale/refresh_seconds` (since
+    the last log). Reporters such as W&B run before user callbacks: `attach(trainer)` puts this one before them.
+
+    Args:
+        every_n_steps: N ≥ 1, optimizer steps between refreshes.
+        config: used only when the model is not patched yet.
+    """
+
+    def __init__(self, every_n_steps: int = 1, config: GeoScaleConfig | None = None):
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self.config = config or GeoScaleConfig(headroom=SCHEDULED_HEADROOM if every_n_steps > 1 else 1.0)
+        self.layers: list[GeoScaleLayer] = []
+        self.steps = 0  # since the last refresh
+        self.drift = 0.0  # bound of any weight's movement since then
+        self.drift_budget = 0.0
+        self.seconds = 0.0  # spent on refreshes since the last log
+        self.checked = False
+
+    def attach(self, trainer) -> "GeoScaleCallback":
+        """Add this callback ahead of the trainer's reporters, so that they receive the metrics too; returns it."""
+        callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+        else:
+            self.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        callbacks.insert(0, self)
+        return self
+
+    def _refresh(self, model: nn.Module) -> None:
+        started = time.perf_counter()
+        refresh_scales(model)
+        self.layers = [layer for layer in patched_layers(model) if layer.site is not None]
+        self.steps, self.drift = 0, 0.0
+        if self.every_n_steps > 1:
+            self.drift_budget = min((layer.geometry.max_weight_drift for layer in self.layers), default=math.inf)
+            weights = [p for layer in self.layers for p in layer.site.parameters()]
+            self.weight_amax = max((float(w.detach().abs().amax()) for w in weights), default=0.0)
+            self.weight_epsilon = max((torch.finfo(w.dtype).eps for w in weights), default=0.0)
+        self.seconds += time.perf_counter() - started
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if model is not None and not patched_layers(model):
+            patch_model(model, self.config)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._refresh(model)
+        for layer in self.layers:
+            layer.scheduled = self.every_n_steps > 1
+        self.checked = False
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.steps += 1
+        due = self.steps >= self.every_n_steps
+        if not due:
+            moved = adam_step_bound(optimizer, self.weight_amax, self.weight_epsilon)
+            self.drift += math.inf if moved is None else moved
+            due = self.drift > self.drift_budget
+        if due:
+            self._refresh(model)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.checked:
+            return
+        self.checked = True
+        idle = [layer.site.layer for layer in self.layers if not layer.calls and not layer.delegated]
+        if idle:
+            logger.warning(
+                "geoscale: layers %s are patched but their attention never ran through the attention interface; another "
+                "library may have replaced their forward, so they train without FP8",
+                idle,
+            )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is None or not self.layers:
+            return
+        used = [u for u in (layer.drain_utilisation() for layer in self.layers) if u is not None]
+        metrics = {
+            "geoscale/overflows": sum(layer.statistics.overflows for layer in self.layers),
+            "geoscale/sigma_drift": max(layer.sigma_drift for layer in self.layers),
+            "geoscale/refresh_seconds": round(self.seconds, 6),
+        }
+        if used:
+            metrics["geoscale/utilisation"] = max(used)
+        self.seconds = 0.0
+        logs.update(metrics)
+        if state.log_history:
+            state.log_history[-1].update(metrics)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        for layer in self.layers:
+            layer.scheduled = False
+        self._refresh(model)

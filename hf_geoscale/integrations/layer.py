@@ -1,0 +1,100 @@
+"""What a patched attention module carries: where its weights are, its scales, and what it has seen."""
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from ..config import GeoScaleConfig
+from ..errors import NonFiniteWeightsError
+from ..geometry import LayerGeometry, measure_layer
+from ..kernels import AttentionStatistics
+from ..scaling import GeometryScaling, QuantScales
+from .families import AttentionSite
+
+
+class GeoScaleLayer:
+    """State of one patched attention module, kept as its attribute `geoscale`.
+
+    Nothing of it enters a checkpoint: everything is recomputed from the weights. A layer refreshes itself when a forward
+    finds its weights changed (loaded, stepped, moved), unless `scheduled`: then the callback answers for their drift.
+    """
+
+    def __init__(self, site: AttentionSite | None, config: GeoScaleConfig):
+        self.site = site  # None: an unsupported family, left to SDPA on request
+        self.config = config
+        self.scaling = GeometryScaling(config.headroom)
+        self.geometry: LayerGeometry | None = None
+        self.weights_version: tuple | None = None
+        self.scheduled = False
+        self.sigma_drift = 0.0  # largest relative change of sigma_lower at the last refresh
+        self.statistics = AttentionStatistics(config.observe_logits)
+        self.peak_utilisation: float | None = None
+        self.calls = 0
+        self.delegated: Counter[str] = Counter()  # calls run by SDPA, by reason
+
+    def measure(self) -> tuple[LayerGeometry, tuple]:
+        """Geometry of today's weights and their version; changes nothing."""
+        if self.site is None:
+            raise RuntimeError("a layer of an unsupported family has no geometry; its calls are left to SDPA")
+        version = self.site.version()
+        device = self.site.parameters()[0].device
+        vectors = None if self.geometry is None else self.geometry.vectors
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            geometry = measure_layer(
+                *self.site.projections(), self.site.softmax_scale, vectors=vectors, headroom=self.config.headroom
+            )
+        return geometry, version
+
+    def install(self, geometry: LayerGeometry, version: tuple) -> None:
+        """Use this geometry's scales from now on."""
+        if self.geometry is not None:
+            old = self.geometry.sigma_lower.to(geometry.sigma_lower.device)
+            change = (geometry.sigma_lower / old.clamp_min(torch.finfo(old.dtype).tiny) - 1).abs()
+            self.sigma_drift = float(change.amax())
+        self.scaling.refresh(geometry)
+        self.geometry, self.weights_version = geometry, version
+
+    def scales(self, query: Tensor, key: Tensor, value: Tensor) -> QuantScales:
+        """Scales of this call, of today's weights unless a callback schedules the refreshes."""
+        if self.geometry is None or not (self.scheduled or self.weights_version == self.site.version()):
+            geometry, version = self.measure()
+            check_finite([(self, geometry)])
+            self.install(geometry, version)
+        return self.scaling.quant_scales(query, key, value)
+
+    def drain_utilisation(self) -> float | None:
+        """Worst certificate utilisation (largest entry / certificate) since the last call; None without a forward."""
+        used = self.statistics.worst_range_used
+        if used is None:
+            return None
+        self.statistics.range_used = {}
+        used *= self.config.headroom
+        self.peak_utilisation = used if self.peak_utilisation is None else max(used, self.peak_utilisation)
+        return used
+
+    def describe(self) -> str:
+        """One line of numerics for `print(model)`."""
+        if self.site is None or self.geometry is None:
+            return "geoscale: SDPA"
+        bounds = (self.geometry.q_bound, self.geometry.k_bound, self.geometry.v_bound, self.geometry.logit_bound)
+        q, k, v, logit = (float(b.amax()) for b in bounds)
+        mixing = "hadamard" if self.config.incoherent else "no hadamard"
+        return (
+            f"geoscale: E4M3, {self.config.bound}, {self.config.precision}, {mixing}, headroom {self.config.headroom:g}, "
+            f"|q| ≤ {q:.3g}, |k| ≤ {k:.3g}, |v| ≤ {v:.3g}, |logit| ≤ {logit:.3g}"
+        )
+
+
+def check_finite(measured: list[tuple[GeoScaleLayer, LayerGeometry]]) -> None:
+    """Raise NonFiniteWeightsError, naming the layer and operand, unless every certificate is finite."""
+    bounds = [torch.cat([g.q_bound, g.k_bound, g.v_bound]) for _, g in measured]
+    if not bounds or bool(torch.isfinite(torch.cat([b.to(bounds[0].device) for b in bounds])).all()):
+        return
+    for layer, geometry in measured:
+        for name in ("q", "k", "v"):
+            if not bool(torch.isfinite(getattr(geometry, f"{name}_bound")).all()):
+                raise NonFiniteWeightsError(
+                    f"the weights that make {name} in layer {layer.site.layer} hold NaN or Inf, so they have no certificate; "
+                    "the scales were left as they were. Reload a checkpoint, or look for the step that diverged"
+                )

@@ -1,0 +1,136 @@
+"""Swap the attention of a model in place, and swap it back."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from ..config import GeoScaleConfig
+from ..errors import UnsupportedModelError
+from .attention import geoscale_attention_forward
+from .families import attention_sites
+from .layer import GeoScaleLayer, check_finite
+from .masks import geoscale_mask
+
+NAME = "geoscale"
+"""The attention implementation's name in transformers, on the attention and on the mask interface."""
+
+
+def patched_modules(model: nn.Module) -> Iterator[tuple[nn.Module, GeoScaleLayer]]:
+    """Every patched attention module with its state, in the order of the layers."""
+    for module in model.modules():
+        layer = module.__dict__.get("geoscale")
+        if isinstance(layer, GeoScaleLayer):
+            yield module, layer
+
+
+def patched_layers(model: nn.Module) -> list[GeoScaleLayer]:
+    """States of every patched attention layer; empty for an unpatched model."""
+    return [layer for _, layer in patched_modules(model)]
+
+
+def _new_layers(model: PreTrainedModel, config: GeoScaleConfig) -> list[tuple[nn.Module, GeoScaleLayer]]:
+    try:
+        return [(site.attention, GeoScaleLayer(site, config)) for site in attention_sites(model)]
+    except UnsupportedModelError:
+        if config.fallback != "sdpa":
+            raise
+        modules = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "config")]
+        if not modules:
+            raise
+        return [(module, GeoScaleLayer(None, config)) for module in modules]
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model a config object of its own: the name of the attention lives there, and other models may share it."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+
+
+def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **overrides) -> PreTrainedModel:
+    """Run this model's attention in FP8, forward and backward, with scales read off its weights.
+
+    In place, on this instance alone; patching again with the same configuration changes nothing, with another one replaces
+    it. The model gets its own copy of its config. Parameters, buffers and checkpoints are untouched.
+
+    Args:
+        model: a Llama, Mistral, Qwen2, Qwen3 or GPT-2 model, headless or with any head.
+        config: how to quantise; default `GeoScaleConfig()`.
+        **overrides: fields of the config, e.g. `precision="high"`.
+    Returns:
+        The same model.
+    Raises:
+        TypeError: not a transformers model, or an override that is no field of the config.
+        UnsupportedModelError: an unknown family or weights whose geometry cannot be read (see `fallback`).
+        NonFiniteWeightsError: NaN or Inf in the weights; the model stays unpatched.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"patch_model expects a transformers PreTrainedModel, got {type(model).__name__}; "
+            "patch the base model before wrapping it"
+        )
+    config = replace(config or GeoScaleConfig(), **overrides)
+    current = patched_layers(model)
+    if current and all(layer.config == config for layer in current):
+        return model
+    modules = _new_layers(model, config)
+    supported = [layer for _, layer in modules if layer.site is not None]
+    measured = [(layer, *layer.measure()) for layer in supported]
+    check_finite([(layer, geometry) for layer, geometry, _ in measured])
+    original = model.config._attn_implementation
+    if current:
+        original = next(module for module, _ in patched_modules(model)).geoscale_replaced
+        unpatch_model(model)
+    for layer, geometry, version in measured:
+        layer.install(geometry, version)
+    AttentionInterface.register(NAME, geoscale_attention_forward)
+    AttentionMaskInterface.register(NAME, geoscale_mask)
+    _own_config(model)
+    for module, layer in modules:
+        module.geoscale, module.geoscale_replaced = layer, original
+        module.extra_repr = layer.describe
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        unpatch_model(model)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not use transformers' attention interface; it cannot be patched"
+        )
+    return model
+
+
+def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `patch_model`: the model computes the very same bits as before. Does nothing to an unpatched model.
+
+    The model keeps its own config object, so that changes made to it while patched are not lost.
+    """
+    original = None
+    for module, _ in list(patched_modules(model)):
+        original = module.geoscale_replaced
+        del module.geoscale, module.geoscale_replaced, module.extra_repr
+    if original is not None:
+        model.set_attn_implementation(original)
+    return model
+
+
+def refresh_scales(model: nn.Module) -> None:
+    """Recompute every scale from the current weights, all layers or none.
+
+    A forward that finds its layer's weights changed does this for that layer by itself; call it after writes that torch
+    cannot see (through `param.data`), or to pay the cost outside the forward.
+
+    Raises:
+        ValueError: the model is not patched.
+        UnsupportedModelError: weights whose geometry cannot be read any more (an adapter was added, say).
+        NonFiniteWeightsError: NaN or Inf in the weights; the old scales stay.
+    """
+    layers = patched_layers(model)
+    if not layers:
+        raise ValueError("refresh_scales needs a patched model: call patch_model(model) first")
+    measured = [(layer, *layer.measure()) for layer in layers if layer.site is not None]
+    check_finite([(layer, geometry) for layer, geometry, _ in measured])
+    for layer, geometry, version in measured:
+        layer.install(geometry, version)
