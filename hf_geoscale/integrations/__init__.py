@@ -2,7 +2,7 @@
 
 from .callback import GeoScaleCallback
 from .families import FAMILIES
-from .patching import patch_model, patched_layers, refresh_scales, unpatch_model
+from .patching import geoscale_layers, patch_model, patched_layers, refresh_scales, unpatch_model
 from .report import GeometryReport, geometry_report
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "GeoScaleCallback",
     "GeometryReport",
     "geometry_report",
+    "geoscale_layers",
     "patch_model",
     "patched_layers",
     "refresh_scales",

@@ -7,7 +7,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import UnsupportedAttentionError, UnsupportedModelError
 from ..kernels import Visibility, fp8_attention
-from .families import softmax_scale_of
 from .layer import GeoScaleLayer
 from .masks import key_range_of_mask
 
@@ -27,11 +26,10 @@ _NOT_HONOURED = {
 def _delegate(layer: GeoScaleLayer, reason: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **call):
     """Run a call on SDPA, counted under `reason`."""
     if not layer.delegated[reason]:
-        name = "an unsupported family" if layer.site is None else f"{layer.site.family} layer {layer.site.layer}"
         logger.log(
             logging.DEBUG if reason == "kv_cache" else logging.WARNING,
             "geoscale: %s runs on SDPA in BF16/FP32 (%s); counted in geometry_report",
-            name,
+            layer.name,
             reason,
         )
     layer.delegated[reason] += 1
@@ -51,6 +49,10 @@ def _visibility(attention_mask: Tensor | None, length: int, causal: bool, window
         key_range = key_range_of_mask(attention_mask)
         return None if key_range is None else Visibility(length, length, False, None, key_range)
     return None
+
+
+def _shape(mask: Tensor | None) -> str:
+    return "None" if mask is None else f"{tuple(mask.shape)} of {mask.dtype}"
 
 
 def geoscale_attention_forward(
@@ -75,34 +77,24 @@ def geoscale_attention_forward(
         UnsupportedAttentionError: a mask or option FP8 attention does not have.
     """
     layer = getattr(module, "geoscale", None)
-    if layer is None:
+    if not isinstance(layer, GeoScaleLayer):
         raise UnsupportedModelError(
             f'{type(module).__name__} runs with attn_implementation="geoscale" but was never patched: '
             "call hf_geoscale.patch_model(model) instead of setting the name"
         )
-    softmax_scale = softmax_scale_of(module, scaling, query)
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    call = {
-        "attention_mask": attention_mask,
-        "dropout": dropout,
-        "scaling": softmax_scale,
-        "is_causal": is_causal,
-        **kwargs,
-    }
-    if layer.site is None:
-        return _delegate(layer, "family", module, query, key, value, **call)
+    if scaling is None:
+        scaling = layer.site.softmax_scale
+    call = {"attention_mask": attention_mask, "dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
     if query.shape[2] != key.shape[2]:
         return _delegate(layer, "kv_cache", module, query, key, value, **call)
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     visibility = _visibility(attention_mask, query.shape[2], causal, sliding_window)
     reason = next((what for name, what in _NOT_HONOURED.items() if kwargs.get(name) not in (None, False)), None)
-    if visibility is None:
-        reason = (
-            f"a mask of shape {tuple(attention_mask.shape)} and {attention_mask.dtype} that is no range of keys per row"
-        )
-    if reason is not None:
+    if reason is not None or visibility is None:
+        reason = reason or f"its mask {_shape(attention_mask)}, which is no range of keys per row"
         if layer.config.fallback != "sdpa":
             raise UnsupportedAttentionError(
-                f"FP8 attention cannot honour {reason} ({layer.site.family} layer {layer.site.layer}). "
+                f"FP8 attention cannot honour {reason} ({layer.name}). "
                 "Remove it, or patch with fallback='sdpa' to run such calls on SDPA"
             )
         return _delegate(layer, reason, module, query, key, value, visibility=visibility, **call)
@@ -115,7 +107,7 @@ def geoscale_attention_forward(
         q_quant_scale=scales.q,
         k_quant_scale=scales.k,
         v_quant_scale=scales.v,
-        softmax_scale=softmax_scale,
+        softmax_scale=scaling,
         causal=visibility.causal,
         window=visibility.window,
         key_range=visibility.key_range,

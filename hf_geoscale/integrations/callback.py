@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from ..config import GeoScaleConfig
 from .layer import GeoScaleLayer
-from .patching import patch_model, patched_layers, refresh_scales
+from .patching import geoscale_layers, patch_model, patched_layers, refresh_scales
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class GeoScaleCallback(TrainerCallback):
         self.steps = 0  # since the last refresh
         self.drift = 0.0  # bound of any weight's movement since then
         self.drift_budget = 0.0
+        self.weight_amax = self.weight_epsilon = 0.0
         self.seconds = 0.0  # spent on refreshes since the last log
         self.checked = False
 
@@ -83,10 +84,10 @@ class GeoScaleCallback(TrainerCallback):
     def _refresh(self, model: nn.Module) -> None:
         started = time.perf_counter()
         refresh_scales(model)
-        self.layers = [layer for layer in patched_layers(model) if layer.site is not None]
+        self.layers = geoscale_layers(model)
         self.steps, self.drift = 0, 0.0
         if self.every_n_steps > 1:
-            self.drift_budget = min((layer.geometry.max_weight_drift for layer in self.layers), default=math.inf)
+            self.drift_budget = min((layer.max_weight_drift for layer in self.layers), default=math.inf)
             weights = [p for layer in self.layers for p in layer.site.parameters()]
             self.weight_amax = max((float(w.detach().abs().amax()) for w in weights), default=0.0)
             self.weight_epsilon = max((torch.finfo(w.dtype).eps for w in weights), default=0.0)

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
@@ -17,15 +17,15 @@ class AttentionSite:
 
     family: str
     layer: int
-    block: nn.Module  # the decoder block that holds the norm and the attention
-    rotary: nn.Module | None
+    block: Any  # the decoder block that holds the norm and the attention
+    rotary: Any
 
     @property
-    def attention(self) -> nn.Module:
+    def attention(self) -> Any:
         return getattr(self.block, FAMILIES[self.family].attention)
 
     @property
-    def input_norm(self) -> nn.Module:
+    def input_norm(self) -> Any:
         return getattr(self.block, FAMILIES[self.family].input_norm)
 
     @property
@@ -60,7 +60,7 @@ class Family:
     attention_class: str
     read: Callable[[AttentionSite], tuple[Projection, Projection, Projection]]
     modules: tuple[str, ...]  # of the attention, whose parameters decide the scales
-    softmax_scale: Callable[[nn.Module], float]
+    softmax_scale: Callable[[Any], float]
 
     def version(self, site: AttentionSite) -> tuple[tuple[int, int], ...]:
         modules = [site.input_norm, *(getattr(site.attention, name) for name in self.modules)]
@@ -99,7 +99,7 @@ def _norm(site: AttentionSite) -> tuple[Tensor | None, Tensor | None]:
     """Gain and shift of the norm before the attention: (d,) each, or None where the norm has none."""
     norm = site.input_norm
     known = isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) or type(norm).__name__.endswith("RMSNorm")
-    if not known or getattr(norm, "offset", 0):
+    if not known or getattr(norm, "offset", None):
         raise UnsupportedModelError(
             f"{_describe(site, type(norm).__name__)} is not a LayerNorm or RMSNorm whose gain we know; tokens have no norm bound"
         )
@@ -147,7 +147,7 @@ def _fused_conv1d(site: AttentionSite) -> tuple[Projection, Projection, Projecti
     return q, k, v
 
 
-def _gpt2_softmax_scale(attention: nn.Module) -> float:
+def _gpt2_softmax_scale(attention: Any) -> float:
     """transformers 4.57 leaves `scaling` to the attention function (and sdpa there drops the per-layer factor)."""
     scale = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0
     return scale / (attention.layer_idx + 1) if attention.scale_attn_by_inverse_layer_idx else scale
@@ -173,7 +173,7 @@ FAMILIES = {
 }
 
 
-def attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
+def attention_sites(model: Any) -> Iterator[AttentionSite]:
     """Every attention layer of a supported model, in order.
 
     Raises:
@@ -210,16 +210,3 @@ def attention_sites(model: nn.Module) -> Iterator[AttentionSite]:
         except ValueError as error:
             raise UnsupportedModelError(f"{_describe(site, family.attention)}: {error}") from error
         yield site
-
-
-def softmax_scale_of(module: nn.Module, scaling: float | None, query: Tensor) -> float:
-    """The factor on q·k a call uses: what the model passed, else what its attention class defines."""
-    if scaling is not None:
-        return scaling
-    layer = getattr(module, "geoscale", None)
-    return layer.site.softmax_scale if layer is not None and layer.site else query.shape[-1] ** -0.5
-
-
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether every tensor is free of NaN and Inf; one wait for the device."""
-    return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all()) if tensors else True

@@ -4,6 +4,7 @@ from collections import Counter
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ..config import GeoScaleConfig
 from ..errors import NonFiniteWeightsError
@@ -13,16 +14,38 @@ from ..scaling import GeometryScaling, QuantScales
 from .families import AttentionSite
 
 
-class GeoScaleLayer:
-    """State of one patched attention module, kept as its attribute `geoscale`.
+class PatchedLayer:
+    """What every patched attention module carries as its attribute `geoscale`.
+
+    By itself: a layer of an unsupported family under fallback="sdpa", whose calls are only counted.
+    """
+
+    def __init__(self, config: GeoScaleConfig, name: str):
+        self.config = config
+        self.name = name  # for messages
+        self.calls = 0  # run in FP8
+        self.delegated: Counter[str] = Counter()  # run by SDPA, by reason
+        self.hook: RemovableHandle | None = None  # counts the calls of an unsupported family
+
+    def describe(self) -> str:
+        """One line of numerics for `print(model)`."""
+        return "geoscale: unsupported family, attention unchanged"
+
+    def count_unsupported(self, *_) -> None:
+        """Forward pre-hook of an attention module of an unsupported family."""
+        self.delegated["family"] += 1
+
+
+class GeoScaleLayer(PatchedLayer):
+    """State of one attention module that runs in FP8.
 
     Nothing of it enters a checkpoint: everything is recomputed from the weights. A layer refreshes itself when a forward
     finds its weights changed (loaded, stepped, moved), unless `scheduled`: then the callback answers for their drift.
     """
 
-    def __init__(self, site: AttentionSite | None, config: GeoScaleConfig):
-        self.site = site  # None: an unsupported family, left to SDPA on request
-        self.config = config
+    def __init__(self, site: AttentionSite, config: GeoScaleConfig):
+        super().__init__(config, f"{site.family} layer {site.layer}")
+        self.site = site
         self.scaling = GeometryScaling(config.headroom)
         self.geometry: LayerGeometry | None = None
         self.weights_version: tuple | None = None
@@ -30,13 +53,9 @@ class GeoScaleLayer:
         self.sigma_drift = 0.0  # largest relative change of sigma_lower at the last refresh
         self.statistics = AttentionStatistics(config.observe_logits)
         self.peak_utilisation: float | None = None
-        self.calls = 0
-        self.delegated: Counter[str] = Counter()  # calls run by SDPA, by reason
 
     def measure(self) -> tuple[LayerGeometry, tuple]:
         """Geometry of today's weights and their version; changes nothing."""
-        if self.site is None:
-            raise RuntimeError("a layer of an unsupported family has no geometry; its calls are left to SDPA")
         version = self.site.version()
         device = self.site.parameters()[0].device
         vectors = None if self.geometry is None else self.geometry.vectors
@@ -63,6 +82,11 @@ class GeoScaleLayer:
             self.install(geometry, version)
         return self.scaling.quant_scales(query, key, value)
 
+    @property
+    def max_weight_drift(self) -> float:
+        """Largest movement of any weight that the scales in use still cover; see `weight_drift_budget`."""
+        return 0.0 if self.geometry is None else self.geometry.max_weight_drift
+
     def drain_utilisation(self) -> float | None:
         """Worst certificate utilisation (largest entry / certificate) since the last call; None without a forward."""
         used = self.statistics.worst_range_used
@@ -74,9 +98,8 @@ class GeoScaleLayer:
         return used
 
     def describe(self) -> str:
-        """One line of numerics for `print(model)`."""
-        if self.site is None or self.geometry is None:
-            return "geoscale: SDPA"
+        if self.geometry is None:
+            return "geoscale: not measured yet"
         bounds = (self.geometry.q_bound, self.geometry.k_bound, self.geometry.v_bound, self.geometry.logit_bound)
         q, k, v, logit = (float(b.amax()) for b in bounds)
         mixing = "hadamard" if self.config.incoherent else "no hadamard"

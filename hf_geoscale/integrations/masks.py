@@ -80,11 +80,10 @@ def geoscale_mask(
             ranges = _ranges_of_function(mask_function, padding, batch_size, kv_length, device)
             if ranges is not None:
                 return ranges
-    position = (
-        {"cache_position": cache_position}
-        if cache_position is not None
-        else {"q_length": q_length, "q_offset": q_offset}
-    )
+    if cache_position is None:
+        kwargs |= {"q_length": q_length, "q_offset": q_offset} | ({} if device is None else {"device": device})
+    else:
+        kwargs["cache_position"] = cache_position
     return sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
@@ -92,8 +91,6 @@ def geoscale_mask(
         mask_function=mask_function,
         attention_mask=attention_mask,
         allow_is_causal_skip=allow_is_causal_skip,
-        **position,
-        **({} if device is None or cache_position is not None else {"device": device}),
         **kwargs,
     )
 

@@ -1,46 +1,70 @@
 """Swap the attention of a model in place, and swap it back."""
 
 import copy
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ..config import GeoScaleConfig
 from ..errors import UnsupportedModelError
+from ..geometry import LayerGeometry
 from .attention import geoscale_attention_forward
 from .families import attention_sites
-from .layer import GeoScaleLayer, check_finite
+from .layer import GeoScaleLayer, PatchedLayer, check_finite
 from .masks import geoscale_mask
+
+logger = logging.getLogger(__name__)
 
 NAME = "geoscale"
 """The attention implementation's name in transformers, on the attention and on the mask interface."""
 
 
-def patched_modules(model: nn.Module) -> Iterator[tuple[nn.Module, GeoScaleLayer]]:
+def patched_modules(model: nn.Module) -> Iterator[tuple[Any, PatchedLayer]]:
     """Every patched attention module with its state, in the order of the layers."""
     for module in model.modules():
         layer = module.__dict__.get("geoscale")
-        if isinstance(layer, GeoScaleLayer):
+        if isinstance(layer, PatchedLayer):
             yield module, layer
 
 
-def patched_layers(model: nn.Module) -> list[GeoScaleLayer]:
-    """States of every patched attention layer; empty for an unpatched model."""
+def patched_layers(model: nn.Module) -> list[PatchedLayer]:
+    """States of every patched attention layer, those left to SDPA included; empty for an unpatched model."""
     return [layer for _, layer in patched_modules(model)]
 
 
-def _new_layers(model: PreTrainedModel, config: GeoScaleConfig) -> list[tuple[nn.Module, GeoScaleLayer]]:
-    try:
-        return [(site.attention, GeoScaleLayer(site, config)) for site in attention_sites(model)]
-    except UnsupportedModelError:
-        if config.fallback != "sdpa":
-            raise
-        modules = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "config")]
-        if not modules:
-            raise
-        return [(module, GeoScaleLayer(None, config)) for module in modules]
+def geoscale_layers(model: nn.Module) -> list[GeoScaleLayer]:
+    """States of the attention layers that run in FP8."""
+    return [layer for layer in patched_layers(model) if isinstance(layer, GeoScaleLayer)]
+
+
+def _measure_all(layers: list[GeoScaleLayer]) -> list[tuple[GeoScaleLayer, LayerGeometry, tuple]]:
+    """Fresh geometry of every layer, all finite, nothing installed yet."""
+    measured = [(layer, *layer.measure()) for layer in layers]
+    check_finite([(layer, geometry) for layer, geometry, _ in measured])
+    return measured
+
+
+def _count_unsupported(model: PreTrainedModel, config: GeoScaleConfig) -> None:
+    """Leave an unsupported family's attention as it is, and count its calls."""
+    for module in model.modules():
+        if type(module).__name__.endswith("Attention"):
+            layer = PatchedLayer(config, type(module).__name__)
+            layer.hook = module.register_forward_pre_hook(layer.count_unsupported)
+            _attach(module, layer, model.config._attn_implementation)
+    logger.warning(
+        "geoscale: model_type %r is not supported; its attention stays %r, counted in geometry_report",
+        model.config.model_type,
+        model.config._attn_implementation,
+    )
+
+
+def _attach(module: Any, layer: PatchedLayer, original: str) -> None:
+    module.geoscale, module.geoscale_replaced = layer, original
+    module.extra_repr = layer.describe
 
 
 def _own_config(model: PreTrainedModel) -> None:
@@ -48,7 +72,7 @@ def _own_config(model: PreTrainedModel) -> None:
     shared, own = model.config, copy.deepcopy(model.config)
     for module in model.modules():
         if getattr(module, "config", None) is shared:
-            module.config = own
+            object.__setattr__(module, "config", own)
 
 
 def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **overrides) -> PreTrainedModel:
@@ -77,22 +101,24 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
     current = patched_layers(model)
     if current and all(layer.config == config for layer in current):
         return model
-    modules = _new_layers(model, config)
-    supported = [layer for _, layer in modules if layer.site is not None]
-    measured = [(layer, *layer.measure()) for layer in supported]
-    check_finite([(layer, geometry) for layer, geometry, _ in measured])
-    original = model.config._attn_implementation
-    if current:
-        original = next(module for module, _ in patched_modules(model)).geoscale_replaced
+    try:
+        layers = [GeoScaleLayer(site, config) for site in attention_sites(model)]
+        measured = _measure_all(layers)
+    except UnsupportedModelError:
+        if config.fallback != "sdpa":
+            raise
         unpatch_model(model)
+        _count_unsupported(model, config)
+        return model
+    unpatch_model(model)
+    original = model.config._attn_implementation
     for layer, geometry, version in measured:
         layer.install(geometry, version)
     AttentionInterface.register(NAME, geoscale_attention_forward)
     AttentionMaskInterface.register(NAME, geoscale_mask)
     _own_config(model)
-    for module, layer in modules:
-        module.geoscale, module.geoscale_replaced = layer, original
-        module.extra_repr = layer.describe
+    for layer in layers:
+        _attach(layer.site.attention, layer, original)
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         unpatch_model(model)
@@ -107,9 +133,11 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
 
     The model keeps its own config object, so that changes made to it while patched are not lost.
     """
-    original = None
-    for module, _ in list(patched_modules(model)):
+    original: str | None = None
+    for module, layer in list(patched_modules(model)):
         original = module.geoscale_replaced
+        if layer.hook is not None:
+            layer.hook.remove()
         del module.geoscale, module.geoscale_replaced, module.extra_repr
     if original is not None:
         model.set_attn_implementation(original)
@@ -127,10 +155,7 @@ def refresh_scales(model: nn.Module) -> None:
         UnsupportedModelError: weights whose geometry cannot be read any more (an adapter was added, say).
         NonFiniteWeightsError: NaN or Inf in the weights; the old scales stay.
     """
-    layers = patched_layers(model)
-    if not layers:
+    if not patched_layers(model):
         raise ValueError("refresh_scales needs a patched model: call patch_model(model) first")
-    measured = [(layer, *layer.measure()) for layer in layers if layer.site is not None]
-    check_finite([(layer, geometry) for layer, geometry, _ in measured])
-    for layer, geometry, version in measured:
+    for layer, geometry, version in _measure_all(geoscale_layers(model)):
         layer.install(geometry, version)

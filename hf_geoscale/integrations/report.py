@@ -1,11 +1,10 @@
 """`geometry_report`: what the weights promise and what the calls saw, a row a layer."""
 
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any
 
 from ..geometry import alpha_min, measure_interaction
-from .layer import GeoScaleLayer
+from .layer import GeoScaleLayer, PatchedLayer
 from .patching import patched_layers
 
 DEFAULT_LENGTH = 4096
@@ -29,7 +28,17 @@ class GeometryReport:
 
     def to_markdown(self) -> str:
         """A table of the worst head of every layer."""
-        columns = ("layer", "σ lower", "σ upper", "|q| ≤", "|k| ≤", "|v| ≤", "|logit| ≤", "α min", "α observed")
+        columns: tuple[str, ...] = (
+            "layer",
+            "σ lower",
+            "σ upper",
+            "|q| ≤",
+            "|k| ≤",
+            "|v| ≤",
+            "|logit| ≤",
+            "α min",
+            "α observed",
+        )
         columns += ("utilisation", "overflows", "FP8 calls", "SDPA calls")
         lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         for row in self.rows:
@@ -53,32 +62,36 @@ def _worst(values: list[float]) -> str:
     return f"{max(values):.4g}" if values else "–"
 
 
-def _row(index: int, layer: GeoScaleLayer, model: nn.Module, layers: int) -> dict:
+def _row(index: int, layer: PatchedLayer, model: Any, layers: int) -> dict:
     row: dict = {"layer": index, "family": model.config.model_type}
-    geometry = layer.geometry
-    for name in _BOUNDS:
-        row[name] = []
-    row["alpha_min"] = row["alpha_observed"] = row["logit_amax"] = None
-    if layer.site is not None and geometry is not None:
-        query, key, _ = layer.site.projections()
-        row |= {name: getattr(geometry, name).tolist() for name in _BOUNDS if hasattr(geometry, name)}
-        sigma, worst_case = measure_interaction(query, key, layer.site.softmax_scale)
-        row["sigma_upper"], row["worst_case_logit"] = sigma.tolist(), worst_case.tolist()
-        length = layer.config.max_length or getattr(model.config, "max_position_embeddings", None) or DEFAULT_LENGTH
-        heads, dim, width = query.weight.shape
-        row["alpha_min"], _ = alpha_min(width, dim, length, heads, layers, layer.config.failure_prob)
-        if layer.statistics.logit_amax is not None:
-            amax = layer.statistics.logit_amax.double().to(worst_case.device)
-            row["logit_amax"] = amax.tolist()
-            row["alpha_observed"] = float((amax / worst_case).amax())
-    layer.drain_utilisation()
-    row["utilisation"] = layer.peak_utilisation
-    row["overflows"], row["calls"] = layer.statistics.overflows, layer.calls
-    row["fallback_calls"], row["fallback_reasons"] = layer.delegated.total(), dict(layer.delegated)
+    row |= {name: [] for name in _BOUNDS}
+    row |= dict.fromkeys(("alpha_min", "alpha_observed", "logit_amax", "utilisation"))
+    row |= {"overflows": 0, "calls": layer.calls, "fallback_calls": layer.delegated.total()}
+    row["fallback_reasons"] = dict(layer.delegated)
+    if isinstance(layer, GeoScaleLayer):
+        row |= _measured(layer, model, layers)
     return row
 
 
-def geometry_report(model: nn.Module) -> GeometryReport:
+def _measured(layer: GeoScaleLayer, model: Any, layers: int) -> dict:
+    """The part of a row that only a layer running in FP8 has."""
+    query, key, _ = layer.site.projections()
+    row = {name: getattr(layer.geometry, name).tolist() for name in _BOUNDS if hasattr(layer.geometry, name)}
+    sigma, worst_case = measure_interaction(query, key, layer.site.softmax_scale)
+    row["sigma_upper"], row["worst_case_logit"] = sigma.tolist(), worst_case.tolist()
+    length = layer.config.max_length or getattr(model.config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    heads, dim, width = query.weight.shape
+    row["alpha_min"], _ = alpha_min(width, dim, length, heads, layers, layer.config.failure_prob)
+    if layer.statistics.logit_amax is not None:
+        amax = layer.statistics.logit_amax.double().to(worst_case.device)
+        row["logit_amax"] = amax.tolist()
+        row["alpha_observed"] = float((amax / worst_case).amax())
+    layer.drain_utilisation()
+    row["utilisation"], row["overflows"] = layer.peak_utilisation, layer.statistics.overflows
+    return row
+
+
+def geometry_report(model: Any) -> GeometryReport:
     """Certificates, rank-aware bound and counters of every patched layer.
 
     Raises:
