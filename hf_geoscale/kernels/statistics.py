@@ -35,10 +35,3 @@ class AttentionStatistics:
     def overflows(self) -> int:
         """Overflow count as a number; waits for the device."""
         return 0 if self.overflow is None else int(self.overflow)
-
-    @property
-    def worst_range_used(self) -> float | None:
-        """Largest share of the FP8 range in use over q, k, v and heads; None before the first call. Waits for the device."""
-        if not self.range_used:
-            return None
-        return max(float(used.amax()) for used in self.range_used.values())

@@ -1,0 +1,147 @@
+"""`hf-geoscale finetune`: one run of `Trainer`, with FP8 attention or without, and everything it measured."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import transformers
+from rich.console import Console
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..config import GeoScaleConfig
+from ..integrations import GeoScaleCallback, geometry_report, patch_model
+from ..integrations.callback import SCHEDULED_HEADROOM
+from .loading import load, read_text, token_blocks
+from .progress import StepProgress
+from .results import RunMetrics, print_summary, write_results
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a run's losses. A resumed run must have the same."""
+
+    model: str
+    text: str | None = None
+    dataset: str | None = None
+    column: str = "text"
+    scaling: Literal["geometry", "none"] = "geometry"
+    precision: Literal["standard", "high"] = "standard"
+    every_n_steps: int = 1
+    steps: int = 40
+    length: int = 256
+    batch_size: int = 1
+    learning_rate: float = 5e-5
+    dtype: str = "float32"
+    eval_sequences: int = 4
+    seed: int = 0
+
+
+def prepare_output(settings: Settings, output: Path, resume: bool, overwrite: bool) -> None:
+    """Make the output folder ready, losing nothing that was not asked for.
+
+    Raises:
+        ValueError: an earlier run is there and neither --resume nor --overwrite was given, or it had other settings.
+    """
+    record = output / "settings.json"
+    if record.exists() and overwrite and not resume:
+        for name in ("checkpoints", "model"):
+            shutil.rmtree(output / name, ignore_errors=True)
+    elif record.exists() and not resume:
+        raise ValueError(f"{output} holds an earlier run; add --resume to go on with it or --overwrite to replace it")
+    elif record.exists():
+        old = json.loads(record.read_text())
+        changed = {key: (old.get(key), value) for key, value in asdict(settings).items() if old.get(key) != value}
+        if changed:
+            raise ValueError(f"{output} was started with other settings, (old, new): {changed}")
+    output.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(asdict(settings), indent=1) + "\n")
+
+
+def training_arguments(settings: Settings, output: Path, save_steps: int) -> TrainingArguments:
+    """One log a step; NaN losses are shown, not hidden; data order and dropout follow the seed."""
+    return TrainingArguments(
+        output_dir=str(output / "checkpoints"),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=max(1, settings.steps // 10),
+        bf16=settings.dtype == "bfloat16",
+        seed=settings.seed,
+        data_seed=settings.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or settings.steps,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def sequences(blocks: Tensor) -> list[dict[str, Tensor]]:
+    """Rows (n, L) as the data set of a causal language model."""
+    return [{"input_ids": block, "labels": block} for block in blocks]
+
+
+def finetune_model(
+    settings: Settings,
+    output: Path,
+    save_steps: int,
+    resume: bool,
+    overwrite: bool,
+    save_model: bool,
+    baseline: Path | None,
+    console: Console,
+) -> RunMetrics:
+    """Fine-tune, evaluate before and after on held-out text, write metrics, plot, card and model into `output`.
+
+    Raises:
+        ValueError, OSError: unusable settings, model, text or output folder; each says what to do.
+    """
+    compared = None if baseline is None else RunMetrics.read(baseline)
+    text = read_text(settings.text, settings.dataset, settings.column)
+    prepare_output(settings, output, resume, overwrite)
+    with console.status(f"Loading {settings.model}"):
+        model, tokenizer = load(settings.model)
+    needed = settings.steps * settings.batch_size + settings.eval_sequences
+    available = len(tokenizer(text, verbose=False).input_ids) // settings.length
+    blocks = token_blocks(tokenizer, text, settings.length, max(min(needed, available), settings.eval_sequences + 1))
+    train, held_out = blocks[: -settings.eval_sequences], blocks[-settings.eval_sequences :]
+    progress = StepProgress(settings.steps, console)
+    callbacks: list[transformers.TrainerCallback] = [progress]
+    if settings.scaling == "geometry":
+        headroom = SCHEDULED_HEADROOM if settings.every_n_steps > 1 else 1.0
+        patch_model(model, GeoScaleConfig(headroom=headroom, precision=settings.precision))
+        callbacks.insert(0, GeoScaleCallback(settings.every_n_steps))
+    transformers.utils.logging.set_verbosity_error()
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(settings, output, save_steps),
+        train_dataset=sequences(train),
+        eval_dataset=sequences(held_out),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    checkpoint = (
+        get_last_checkpoint(str(output / "checkpoints")) if resume and (output / "checkpoints").exists() else None
+    )
+    console.print(
+        f"Fine-tuning {settings.model}, {settings.scaling=!s}, {len(train)} sequences of {settings.length} tokens"
+    )
+    before = None if checkpoint else trainer.evaluate()["eval_loss"]
+    trainer.train(resume_from_checkpoint=checkpoint)
+    after = trainer.evaluate()["eval_loss"]
+    report = geometry_report(model) if settings.scaling == "geometry" else None
+    metrics = RunMetrics.collect(asdict(settings), trainer.state.log_history, before, after, report)
+    write_results(metrics, compared, output)
+    if save_model:
+        model.save_pretrained(output / "model")
+        tokenizer.save_pretrained(output / "model")
+    print_summary(metrics, compared, output, console)
+    return metrics
