@@ -89,7 +89,8 @@ def geoscale_attention_forward(
         return _delegate(layer, "kv_cache", module, query, key, value, **call)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     visibility = _visibility(attention_mask, query.shape[2], causal, sliding_window)
-    reason = next((what for name, what in _NOT_HONOURED.items() if kwargs.get(name) not in (None, False)), None)
+    given = {name for name, value in kwargs.items() if value is not None and value is not False}
+    reason = next((what for name, what in _NOT_HONOURED.items() if name in given), None)
     if reason is not None or visibility is None:
         reason = reason or f"its mask {_shape(attention_mask)}, which is no range of keys per row"
         if layer.config.fallback != "sdpa":

@@ -1,0 +1,109 @@
+"""Shared options, tiny models and the real one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCABULARY = 96
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GPT2_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 64,
+    "n_head": 4,
+    "n_layer": 2,
+    "n_positions": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def _yarn_llama() -> LlamaForCausalLM:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, rope_scaling=rope))
+
+
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "llama-bias-yarn": _yarn_llama,
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
+    "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=9)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SHAPE)),
+    "gpt2-inverse-layer": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SHAPE, scale_attn_by_inverse_layer_idx=True)),
+}
+
+
+def tiny_model(family: str, seed: int = 0, spread: float = 0.08):
+    """A small model whose weights, gains, shifts and biases are all away from their initial values, in eval mode.
+
+    With this spread logits stay around 1, as the tolerances of accuracy assume.
+    """
+    torch.manual_seed(seed)
+    model = FAMILIES[family]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * spread)
+    return model.eval()
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+def pytest_addoption(parser):
+    parser.addoption("--smollm2", help="folder of SmolLM2-135M-Instruct (make model)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_path(request) -> Path:
+    path = request.config.getoption("--smollm2")
+    if path is None:
+        pytest.skip("needs SmolLM2-135M: run `make test`, or pass --smollm2 FOLDER")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path):
+    """(model in float32 and eval mode, English token ids (4, 1024)). Tests leave it unpatched."""
+    from hf_geoscale.cli.loading import load, read_text, token_blocks
+
+    model, tokenizer = load(str(smollm2_path))
+    return model.eval(), token_blocks(tokenizer, read_text(None), 1024, 4)

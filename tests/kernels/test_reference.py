@@ -1,0 +1,383 @@
+"""The reference attention against exact float64 attention, and against the data flow it must follow."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_geoscale import fp8_attention
+from hf_geoscale.kernels import AttentionStatistics, Visibility, reference
+from hf_geoscale.kernels.philox import dropout_keep
+from hf_geoscale.scaling import E4M3, sqnr_db
+
+from ..tolerances import FLOAT32_ROUNDOFF, GRADIENT_ERROR, OUTPUT_ERROR, SQNR_FLOOR_DB
+
+
+def draw(batch=2, heads=4, kv_heads=2, rows=70, keys=None, dim=64, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    keys = rows if keys is None else keys
+    shapes = ((batch, heads, rows, dim), (batch, kv_heads, keys, dim), (batch, kv_heads, keys, dim))
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+
+
+def scales(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """quant_scales from a norm bound 1.5 × the largest row, as a certificate would leave."""
+    bounds = [1.5 * x.detach().float().norm(dim=-1).amax((0, 2)) for x in (q, k, v)]
+    return {f"{n}_quant_scale": E4M3.max / b for n, b in zip("qkv", bounds, strict=True)}
+
+
+def exact(q, k, v, visible: Tensor, softmax_scale: float, keep: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+    """Dense attention in float64; visible (B or 1, 1, Lq, Lk); rows that see nothing give 0."""
+    q, k, v = (x.double() for x in (q, k, v))
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    logits = (q @ k.mT * softmax_scale).masked_fill(~visible, -math.inf)
+    p = torch.nan_to_num(logits.softmax(-1))
+    if keep is not None:
+        p = p * keep / (1 - dropout_p)
+    return p @ v
+
+
+def relative(approximation: Tensor, reference_: Tensor) -> float:
+    approximation, reference_ = approximation.detach().double(), reference_.detach().double()
+    return float((approximation - reference_).norm() / reference_.norm())
+
+
+CASES = {
+    "causal": {},
+    "full": {"causal": False},
+    "window": {"window": 9},
+    "window of one": {"window": 1},
+    "more keys": {"keys": 101},
+    "more queries": {"rows": 97, "keys": 53},
+    "prime length": {"rows": 131},
+    "one token": {"rows": 1},
+    "multi-head": {"kv_heads": 4},
+    "multi-query": {"kv_heads": 1},
+    "dim 16": {"dim": 16},
+    "dim 80": {"dim": 80},
+    "dim 96": {"dim": 96},
+    "dim 256": {"dim": 256},
+    "no hadamard": {"incoherent": False},
+    "high precision": {"precision": "high"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+class TestAgainstExact:
+    """Laws of every mode: output and gradients near exact attention, no overflow."""
+
+    def run(self, case, dtype=torch.float32):
+        options = dict(CASES[case])
+        shape = {n: options.pop(n) for n in ("rows", "keys", "kv_heads", "dim") if n in options}
+        q, k, v = draw(**shape, dtype=dtype)
+        statistics = AttentionStatistics()
+        out = fp8_attention(q, k, v, **scales(q, k, v), **options, statistics=statistics)
+        mask = Visibility(q.shape[2], k.shape[2], options.get("causal", True), options.get("window"))
+        truth = exact(q, k, v, mask.dense(q.device), q.shape[-1] ** -0.5)
+        return (q, k, v), out, truth, statistics
+
+    def test_forward(self, case):
+        _, out, truth, statistics = self.run(case)
+        assert relative(out, truth) < OUTPUT_ERROR
+        assert float(sqnr_db(truth.detach(), out.detach())) > SQNR_FLOOR_DB
+        assert statistics.overflows == 0
+
+    def test_gradients(self, case):
+        operands, out, truth, statistics = self.run(case)
+        gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+        ours = torch.autograd.grad(out, operands, gradient)
+        theirs = torch.autograd.grad(truth, operands, gradient.double())
+        floor = max(float(g.norm()) for g in theirs) * OUTPUT_ERROR  # a single visible key has dQ = dK = 0
+        for mine, expected in zip(ours, theirs, strict=True):
+            assert float((mine - expected).norm()) < max(GRADIENT_ERROR * float(expected.norm()), floor)
+        assert statistics.overflows == 0
+
+    def test_bfloat16_in_bfloat16_out(self, case):
+        operands, out, truth, _ = self.run(case, torch.bfloat16)
+        assert out.dtype == torch.bfloat16
+        assert relative(out, truth) < OUTPUT_ERROR
+        grads = torch.autograd.grad(out.sum(), operands)
+        assert {g.dtype for g in grads} == {torch.bfloat16}
+
+
+def test_high_precision_is_better():
+    q, k, v = draw(rows=128)
+    q, k = 4 * q.detach(), 4 * k.detach()  # logits of some size, so that the rounding of k matters
+    truth = exact(q, k, v, Visibility(128, 128).dense(q.device), 0.125)
+    errors = [relative(fp8_attention(q, k, v, **scales(q, k, v), precision=p), truth) for p in ("standard", "high")]
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_key_ranges_left_and_right_padding_and_packing():
+    q, k, v = draw(rows=40)
+    causal = torch.arange(40)[:, None] >= torch.arange(40)
+    left = causal & (torch.arange(40) >= 7)
+    packed = causal & (torch.arange(40)[:, None] // 15 == torch.arange(40) // 15)
+    key_range = torch.zeros(2, 40, 2, dtype=torch.int32)
+    for b, mask in enumerate((left, packed)):
+        for i, row in enumerate(mask):
+            seen = row.nonzero().flatten()
+            key_range[b, i] = torch.tensor([int(seen[0]), int(seen[-1]) + 1]) if len(seen) else torch.tensor([5, 5])
+    out = fp8_attention(q, k, v, **scales(q, k, v), key_range=key_range, causal=False)
+    truth = exact(q, k, v, torch.stack([left, packed])[:, None], 0.125)
+    assert relative(out, truth) < OUTPUT_ERROR
+    assert torch.equal(out[0, :, :7], torch.zeros(4, 7, 64))  # rows that see no key
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    theirs = torch.autograd.grad(truth.square().sum(), (q, k, v))
+    for mine, expected in zip(grads, theirs, strict=True):
+        assert torch.isfinite(mine).all()
+        assert relative(mine, expected) < GRADIENT_ERROR
+    assert not grads[1][0, :, :7].any()  # padded keys get no gradient
+
+
+def test_a_batch_of_empty_rows_is_zero_not_nan():
+    q, k, v = draw(rows=5)
+    out = fp8_attention(q, k, v, **scales(q, k, v), key_range=torch.zeros(2, 5, 2, dtype=torch.int64))
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert not out.any()
+    assert not any(g.any() for g in grads)
+
+
+class TestRoundingPoints:
+    """The data flow of docs/numerics.md, redone densely in a few lines, must give the same numbers."""
+
+    def dense(self, q, k, v, s, grad):
+        fp8 = lambda x: x.clamp(-448, 448).to(torch.float8_e4m3fn).float()  # noqa: E731
+        q8, k8, v8 = (fp8(x * s[f"{n}_quant_scale"][:, None, None]) for x, n in ((q, "q"), (k, "k"), (v, "v")))
+        k8, v8 = k8.repeat_interleave(2, 1), v8.repeat_interleave(2, 1)
+        per = lambda n: (1 / s[f"{n}_quant_scale"]).repeat_interleave(4 // len(s[f"{n}_quant_scale"]))[:, None, None]  # noqa: E731
+        logits = q8 @ k8.mT * per("q") * per("k") * 0.25
+        logits = logits.masked_fill(torch.ones(48, 48).triu(1).bool(), -math.inf)
+        p = (logits - logits.amax(-1, keepdim=True)).exp()
+        total = p.sum(-1, keepdim=True)
+        p8 = fp8(256 * p)
+        out = p8 @ v8 * per("v") / 256 / total
+        folded = grad / total
+        do_scale = 448 / folded.abs().amax((2, 3), keepdim=True)
+        do = fp8(folded * do_scale) / do_scale
+        delta = (do * out).sum(-1, keepdim=True)
+        ds = p * (do @ v8.mT * per("v") - delta)
+        bound = 2 * 1.125 * do.norm(dim=-1).amax(-1)[..., None, None] * per("v") * 448
+        ds8 = fp8(ds * 448 / bound) * bound / 448
+        group = lambda x: x.unflatten(1, (2, 2)).sum(2)  # noqa: E731
+        dq = ds8 @ k8 * per("k") * 0.25
+        return out, dq, group(ds8.mT @ q8 * per("q") * 0.25), group(p8.mT @ do / 256)
+
+    def test_forward_and_backward(self):
+        q, k, v = draw(rows=48, dim=16)  # one block of rows
+        s = scales(q, k, v)
+        out = fp8_attention(q, k, v, **s, incoherent=False)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+        grads = torch.autograd.grad(out, (q, k, v), grad)
+        with torch.no_grad():
+            expected = self.dense(q, k, v, s, grad)
+        # exp2 against exp may flip a rounding of P̃ or dS here and there: far below one E4M3 step overall
+        for mine, theirs in zip((out, *grads), expected, strict=True):
+            assert relative(mine, theirs) < 0.05 * OUTPUT_ERROR
+
+    def test_backward_recomputes_the_forward_bit_for_bit(self, monkeypatch):
+        """P̃ is formed once in the forward and once in the backward, from the same operands: the same bits."""
+        seen = []
+        original = reference._probabilities
+        monkeypatch.setattr(reference, "_probabilities", lambda *a: seen.append(original(*a)) or seen[-1])
+        q, k, v = draw(rows=150)
+        out = fp8_attention(30 * q, 30 * k, v, **scales(30 * q, 30 * k, v))  # |S| in the hundreds
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out.sum().backward()
+        assert len(seen) == 6
+        for forward, backward in zip(seen[:3], seen[3:], strict=True):
+            assert torch.equal(forward, backward)
+            assert float(forward.amax()) == 1.0
+
+    def test_autocast_changes_nothing(self):
+        q, k, v = draw()
+        plain = fp8_attention(q, k, v, **scales(q, k, v))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = fp8_attention(q, k, v, **scales(q, k, v))
+        assert torch.equal(plain, cast)
+
+
+class TestInvariance:
+    def test_future_tokens_do_not_change_one_bit_of_the_past(self):
+        q, k, v = (x.detach() for x in draw(rows=150))
+        s = scales(q, k, v)
+        before = fp8_attention(q, k, v, **s)
+        generator = torch.Generator().manual_seed(1)
+        for x in (q, k, v):
+            x[:, :, 90:] = 0.9 * x[:, :, 90:].roll(1, -1) * torch.rand(1, generator=generator)
+        after = fp8_attention(q, k, v, **s)
+        assert torch.equal(before[:, :, :90], after[:, :, :90])
+        assert not torch.equal(before[:, :, 90:], after[:, :, 90:])
+
+    def test_batch_does_not_change_a_row(self):
+        q, k, v = draw(batch=3, rows=70)
+        s = scales(q, k, v)
+        together = fp8_attention(q, k, v, **s)
+        alone = fp8_attention(q[1:2], k[1:2], v[1:2], **s)
+        assert relative(together[1:2], alone) < FLOAT32_ROUNDOFF
+
+    def test_two_runs_give_the_same_bits(self):
+        q, k, v = draw()
+        runs = []
+        for _ in range(2):
+            out = fp8_attention(q, k, v, **scales(q, k, v))
+            runs.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+    def test_strided_views_as_transformers_hands_them_over(self):
+        q, k, v = (x.detach() for x in draw())
+        views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+        assert not views[0].is_contiguous()
+        s = scales(q, k, v)
+        assert torch.equal(fp8_attention(*views, **s), fp8_attention(q, k, v, **s))
+
+
+class TestDropout:
+    def test_mask_share_and_independence_of_tiles(self):
+        rows, columns = torch.arange(128), torch.arange(256)
+        keep = dropout_keep(1234, 0.3, 4, rows, columns)
+        assert float(keep.double().mean()) == pytest.approx(0.7, abs=4 * math.sqrt(0.21 / keep.numel()))
+        tile = dropout_keep(1234, 0.3, 4, rows[64:], columns[100:])
+        assert torch.equal(tile, keep[:, 64:, 100:])
+        assert not torch.equal(keep[0], keep[1])
+        assert not torch.equal(keep, dropout_keep(1235, 0.3, 4, rows, columns))
+
+    def test_output_and_gradients_use_the_same_mask(self):
+        q, k, v = draw(rows=130)
+        p, seed = 0.2, 2**40 + 7
+        out = fp8_attention(q, k, v, **scales(q, k, v), dropout_p=p, dropout_seed=seed)
+        keep = dropout_keep(seed, p, 8, torch.arange(130), torch.arange(130)).view(2, 4, 130, 130)
+        truth = exact(q, k, v, Visibility(130, 130).dense(q.device), 0.125, keep, p)
+        assert relative(out, truth) < OUTPUT_ERROR
+        gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+        ours = torch.autograd.grad(out, (q, k, v), gradient)
+        theirs = torch.autograd.grad(truth, (q, k, v), gradient.double())
+        for mine, expected in zip(ours, theirs, strict=True):
+            assert relative(mine, expected) < GRADIENT_ERROR
+
+    def test_seed_comes_from_torch(self):
+        q, k, v = draw()
+        outs = []
+        for _ in range(2):
+            torch.manual_seed(5)
+            outs.append(fp8_attention(q, k, v, **scales(q, k, v), dropout_p=0.5))
+        assert torch.equal(*outs)
+        assert not torch.equal(outs[0], fp8_attention(q, k, v, **scales(q, k, v), dropout_p=0.5))
+
+
+def test_philox_known_answers():
+    """Vectors of the Random123 distribution (kat_vectors, philox4x32 10)."""
+    from hf_geoscale.kernels.philox import philox
+
+    def words(counter, seed):
+        return [int(w) for w in philox(tuple(torch.tensor(c) for c in counter), seed)]
+
+    assert words((0, 0, 0, 0), 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    ones = 0xFFFFFFFF
+    assert words((ones,) * 4, (ones << 32) | ones) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    assert words(pi, (0x299F31D0 << 32) | 0xA4093822) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+class TestStatistics:
+    def test_overflow_is_counted_forward(self):
+        q, k, v = draw()
+        statistics = AttentionStatistics()
+        s = scales(q, k, v)
+        s["q_quant_scale"] = s["q_quant_scale"] * 1000
+        out = fp8_attention(q, k, v, **s, incoherent=False, statistics=statistics)
+        expected = int(((q.abs() * s["q_quant_scale"][:, None, None]) > 448).sum())
+        assert statistics.overflows == expected > 0
+        assert float(statistics.range_used["q"].amax()) > 1
+        assert torch.isfinite(out).all()
+
+    @pytest.mark.parametrize(("bound", "overflows"), [(8.0, False), (1.0, True)], ids=["norm", "entry"])
+    def test_the_gradient_certificate_needs_the_norm_of_v(self, bound, overflows):
+        """Two opposite values of entries ±1, norm 8: |dS| reaches ‖dO′‖·8, beyond the certificate of an entry bound."""
+        q, k = torch.zeros(1, 1, 2, 64), torch.zeros(1, 1, 2, 64)
+        v = torch.ones(1, 1, 2, 64)
+        v[:, :, 1] = -1
+        one, v_scale = torch.ones(1), torch.tensor([E4M3.max / bound])
+        statistics = AttentionStatistics()
+        out = fp8_attention(
+            q,
+            k,
+            v.requires_grad_(),
+            q_quant_scale=one,
+            k_quant_scale=one,
+            v_quant_scale=v_scale,
+            causal=False,
+            statistics=statistics,
+        )
+        assert statistics.overflows == 0
+        torch.autograd.grad(out, v, torch.ones_like(out))
+        assert (statistics.overflows > 0) == overflows
+
+    def test_observed_logits(self):
+        q, k, v = draw(rows=80)
+        statistics = AttentionStatistics(observe_logits=True)
+        fp8_attention(q, k, v, **scales(q, k, v), statistics=statistics, window=20)
+        logits = q @ k.repeat_interleave(2, 1).mT * 0.125
+        truth = logits.masked_fill(~Visibility(80, 80, True, 20).dense(q.device), 0).abs().amax((0, 2, 3))
+        torch.testing.assert_close(statistics.logit_amax, truth, rtol=0.05, atol=0)
+        assert AttentionStatistics().logit_amax is None
+
+
+def bad_calls():
+    q, k, v = (x.detach() for x in draw())
+    s = scales(q, k, v)
+    yield "3-D", (q[0], k, v), s, {}, ValueError, r"query must be \(batch, heads, length, head_dim\)"
+    yield "integer", (q.int(), k, v), s, {}, TypeError, "query must be float32.*int32"
+    yield "k and v differ", (q, k, v[:, :, :-1]), s, {}, ValueError, "key and value must share one shape"
+    yield "groups", (q[:, :3], k, v), s, {}, ValueError, "multiple of key/value heads, got 3 and 2"
+    yield "head dim 72", (q[..., :8], k[..., :8], v[..., :8]), s, {}, ValueError, "multiple of 16 up to 256, got 8"
+    yield "scale shape", (q, k, v), {**s, "q_quant_scale": torch.ones(3)}, {}, ValueError, r"q_quant_scale.*\(4,\)"
+    yield (
+        "scale dtype",
+        (q, k, v),
+        {**s, "v_quant_scale": torch.ones(2).double()},
+        {},
+        ValueError,
+        "v_quant_scale.*float64",
+    )
+    yield "window", (q, k, v), s, {"window": 0}, ValueError, "window must be at least 1"
+    yield "window without causal", (q, k, v), s, {"window": 5, "causal": False}, ValueError, "needs causal=True"
+    yield "key range", (q, k, v), s, {"key_range": torch.zeros(2, 3, 2)}, ValueError, r"\(2, 70, 2\)"
+    yield "dropout", (q, k, v), s, {"dropout_p": 1.0}, ValueError, r"\[0, 1\), got 1.0"
+    yield "precision", (q, k, v), s, {"precision": "low"}, ValueError, "'low'"
+    yield "empty", (q[:, :, :0], k, v), s, {}, ValueError, "0 query rows"
+
+
+@pytest.mark.parametrize("call", list(bad_calls()), ids=lambda call: call[0])
+def test_bad_input_is_named(call):
+    _, operands, s, options, error, message = call
+    with pytest.raises(error, match=message):
+        fp8_attention(*operands, **s, **options)
+
+
+def test_memory_is_linear_in_length():
+    """What the forward keeps for the backward: FP8 operands, output and two numbers a row; no L×L tensor."""
+    saved = {}
+    for length in (256, 512):
+        q, k, v = draw(batch=1, rows=length)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.nbytes) or t, lambda t: t):
+            fp8_attention(q, k, v, **scales(q, k, v))
+        saved[length] = sum(sizes)
+    heads = 4 * 64 + 2 * 2 * 64  # q8, k8, v8 bytes a token
+    assert saved[512] - saved[256] == 256 * (heads + 4 * 64 * 4 + 2 * 4 * 4)
+
+
+@pytest.mark.gpu
+def test_gpu_matches_cpu():
+    q, k, v = draw(rows=200)
+    s = scales(q, k, v)
+    out = fp8_attention(q, k, v, **s)
+    grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    gpu = [x.detach().cuda().requires_grad_() for x in (q, k, v)]
+    out_gpu = fp8_attention(*gpu, **{n: x.cuda() for n, x in s.items()})
+    grads_gpu = torch.autograd.grad(out_gpu, gpu, torch.ones_like(out_gpu))
+    for mine, theirs in zip((out_gpu, *grads_gpu), (out, *grads), strict=True):
+        assert relative(mine.cpu(), theirs) < 0.05 * OUTPUT_ERROR

@@ -1,0 +1,34 @@
+"""Every tolerance of the test-suite, and where it comes from."""
+
+E4M3_STEP = 2.0**-4
+"""Half an E4M3 epsilon: the relative rounding error of one normal number."""
+
+E4M3_NOISE = E4M3_STEP / 3**0.5
+"""Root mean square of a rounding error uniform within ± half a step, at the coarse end of a binade."""
+
+OUTPUT_ERROR = 2 * E4M3_NOISE
+"""Relative error (norms) of O: v and P̃ each add one rounding, q and k two in the exponent (small logits): ≤ 2 × one."""
+
+GRADIENT_ERROR = 4 * E4M3_NOISE
+"""Relative error of dQ, dK, dV: up to six rounded factors (P̃, dO′, v, dS, k or q) with independent errors, √6 ≈ 2.4 × one,
+times up to 1.6 for the cancellation in dP − δ."""
+
+FLOAT32_ROUNDOFF = 2e-6
+"""Relative difference of float32 results summed in another order, lengths up to a few hundred."""
+
+SQNR_FLOOR_DB = 18.0
+"""Signal to noise of the attention output in decibels: −20·log10(OUTPUT_ERROR) = 22.8, less 5 dB for peaked softmax rows."""
+
+FLIPPED_ROUNDINGS = 5e-3
+"""Relative error when float32 round-off in q flips a few of the E4M3 roundings: each flip moves one value by 2⁻³, and at most
+one value in 500 lies that close to a tie."""
+
+FLOAT64_ROUNDOFF = 1e-9
+"""Relative slack of comparisons with a float64 singular-value decomposition."""
+
+SMOLLM2_LOSS_GAP = 0.015
+SMOLLM2_KL = 0.012
+"""Nats per token against float32 on 4 × 1,024 tokens of English; the reference data flow measures +0.008 and 0.008."""
+
+SMOLLM2_GRADIENTS = {"O": 0.060, "dQ": 0.100, "dK": 0.100, "dV": 0.050}
+"""Relative error on SmolLM2's activations: the published table of this data flow (.056, .093, .093, .045) plus 7 % for layers."""
