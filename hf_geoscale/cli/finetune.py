@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 import transformers
 from rich.console import Console
 from torch import Tensor
@@ -72,6 +73,8 @@ def training_arguments(settings: Settings, output: Path, save_steps: int) -> Tra
         lr_scheduler_type="linear",
         warmup_steps=max(1, settings.steps // 10),
         bf16=settings.dtype == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=settings.seed,
         data_seed=settings.seed,
         logging_steps=1,

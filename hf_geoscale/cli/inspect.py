@@ -18,12 +18,13 @@ def inspect_model(model: str, text: Path | None, max_tokens: int, as_json: bool,
         ValueError, OSError: from loading the model or the text, or a model that cannot be patched.
     """
     words = None if text is None else read_text(str(text))
-    with console.status(f"Loading {model}"):
+    busy = Console(stderr=True)
+    with busy.status(f"Loading {model}"):
         loaded, tokenizer = load(model)
     patch_model(loaded, observe_logits=words is not None)
     if words is not None:
         ids = tokenizer(words, return_tensors="pt", verbose=False).input_ids[:, :max_tokens]
-        with torch.no_grad(), console.status(f"Running {ids.shape[1]} tokens"):
+        with torch.no_grad(), busy.status(f"Running {ids.shape[1]} tokens"):
             loaded.eval()(input_ids=ids, use_cache=False)
     report = geometry_report(loaded)
     if as_json:

@@ -30,6 +30,7 @@ def load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         OSError: there is no such model. ValueError: a folder with several GGUF files. ImportError: the gguf extra is missing.
     """
+    transformers.utils.logging.disable_progress_bar()
     gguf = _gguf_file(model)
     if gguf is None:
         return (
