@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import transformers
 from rich.console import Console
-from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from ..config import GeoScaleConfig
 from ..integrations import GeoScaleCallback, geometry_report, patch_model
@@ -41,25 +47,33 @@ class Settings:
     seed: int = 0
 
 
-def prepare_output(settings: Settings, output: Path, resume: bool, overwrite: bool) -> None:
-    """Make the output folder ready, losing nothing that was not asked for.
+def check_output(settings: Settings, output: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse to touch an earlier run that nobody asked to resume or replace.
 
     Raises:
         ValueError: an earlier run is there and neither --resume nor --overwrite was given, or it had other settings.
     """
     record = output / "settings.json"
-    if record.exists() and overwrite and not resume:
+    if not record.exists() or (overwrite and not resume):
+        return
+    if not resume:
+        raise ValueError(f"{output} holds an earlier run; add --resume to go on with it or --overwrite to replace it")
+    old = json.loads(record.read_text())
+    changed = {key: (old.get(key), value) for key, value in asdict(settings).items() if old.get(key) != value}
+    if changed:
+        raise ValueError(f"{output} was started with other settings, (old, new): {changed}")
+
+
+def prepare_output(settings: Settings, output: Path, resume: bool) -> str | None:
+    """Record the settings, drop a replaced run, and return the checkpoint to resume from, if any."""
+    checkpoints = output / "checkpoints"
+    if not resume:
         for name in ("checkpoints", "model"):
             shutil.rmtree(output / name, ignore_errors=True)
-    elif record.exists() and not resume:
-        raise ValueError(f"{output} holds an earlier run; add --resume to go on with it or --overwrite to replace it")
-    elif record.exists():
-        old = json.loads(record.read_text())
-        changed = {key: (old.get(key), value) for key, value in asdict(settings).items() if old.get(key) != value}
-        if changed:
-            raise ValueError(f"{output} was started with other settings, (old, new): {changed}")
+        (output / "metrics.json").unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    (output / "settings.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    return get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
 
 
 def training_arguments(settings: Settings, output: Path, save_steps: int) -> TrainingArguments:
@@ -87,9 +101,40 @@ def training_arguments(settings: Settings, output: Path, save_steps: int) -> Tra
     )
 
 
-def sequences(blocks: Tensor) -> list[dict[str, Tensor]]:
-    """Rows (n, L) as the data set of a causal language model."""
-    return [{"input_ids": block, "labels": block} for block in blocks]
+def data_sets(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict], list[dict]]:
+    """(training, held-out) sequences; the held-out ones come after all training text.
+
+    A text with fewer sequences than the steps need is gone over again; it must give one beyond the held-out ones.
+    """
+    text = read_text(settings.text, settings.dataset, settings.column)
+    available = len(tokenizer(text, verbose=False).input_ids) // settings.length
+    needed = settings.steps * settings.batch_size + settings.eval_sequences
+    count = max(min(needed, available), settings.eval_sequences + 1)
+    blocks = [{"input_ids": block, "labels": block} for block in token_blocks(tokenizer, text, settings.length, count)]
+    return blocks[: -settings.eval_sequences], blocks[-settings.eval_sequences :]
+
+
+def build_trainer(settings: Settings, output: Path, save_steps: int, console: Console) -> Trainer:
+    """Model, data and callbacks; the model is patched when the settings ask for FP8."""
+    with console.status(f"Loading {settings.model}"):
+        model, tokenizer = load(settings.model)
+    train, held_out = data_sets(settings, tokenizer)
+    callbacks: list[TrainerCallback] = [StepProgress(settings.steps, console)]
+    if settings.scaling == "geometry":
+        headroom = SCHEDULED_HEADROOM if settings.every_n_steps > 1 else 1.0
+        patch_model(model, GeoScaleConfig(headroom=headroom, precision=settings.precision))
+        callbacks.insert(0, GeoScaleCallback(settings.every_n_steps))
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(settings, output, save_steps),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def finetune_model(
@@ -108,43 +153,19 @@ def finetune_model(
         ValueError, OSError: unusable settings, model, text or output folder; each says what to do.
     """
     compared = None if baseline is None else RunMetrics.read(baseline)
-    text = read_text(settings.text, settings.dataset, settings.column)
-    prepare_output(settings, output, resume, overwrite)
-    with console.status(f"Loading {settings.model}"):
-        model, tokenizer = load(settings.model)
-    needed = settings.steps * settings.batch_size + settings.eval_sequences
-    available = len(tokenizer(text, verbose=False).input_ids) // settings.length
-    blocks = token_blocks(tokenizer, text, settings.length, max(min(needed, available), settings.eval_sequences + 1))
-    train, held_out = blocks[: -settings.eval_sequences], blocks[-settings.eval_sequences :]
-    progress = StepProgress(settings.steps, console)
-    callbacks: list[transformers.TrainerCallback] = [progress]
-    if settings.scaling == "geometry":
-        headroom = SCHEDULED_HEADROOM if settings.every_n_steps > 1 else 1.0
-        patch_model(model, GeoScaleConfig(headroom=headroom, precision=settings.precision))
-        callbacks.insert(0, GeoScaleCallback(settings.every_n_steps))
-    transformers.utils.logging.set_verbosity_error()
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(settings, output, save_steps),
-        train_dataset=sequences(train),
-        eval_dataset=sequences(held_out),
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    checkpoint = (
-        get_last_checkpoint(str(output / "checkpoints")) if resume and (output / "checkpoints").exists() else None
-    )
-    console.print(
-        f"Fine-tuning {settings.model}, {settings.scaling=!s}, {len(train)} sequences of {settings.length} tokens"
-    )
+    check_output(settings, output, resume, overwrite)
+    logging.set_verbosity_error()
+    trainer = build_trainer(settings, output, save_steps, console)
+    checkpoint = prepare_output(settings, output, resume)
+    start = f"resuming from {Path(checkpoint).name}" if checkpoint else "from the start"
+    console.print(f"Fine-tuning {settings.model}, scaling {settings.scaling}, {settings.steps} steps, {start}")
     before = None if checkpoint else trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()["eval_loss"]
-    report = geometry_report(model) if settings.scaling == "geometry" else None
+    report = geometry_report(trainer.model) if settings.scaling == "geometry" else None
     metrics = RunMetrics.collect(asdict(settings), trainer.state.log_history, before, after, report)
     write_results(metrics, compared, output)
     if save_model:
-        model.save_pretrained(output / "model")
-        tokenizer.save_pretrained(output / "model")
+        trainer.save_model(str(output / "model"))
     print_summary(metrics, compared, output, console)
     return metrics

@@ -23,7 +23,7 @@ class RunMetrics:
     settings: dict
     environment: dict
     steps: list[dict]  # a dict a step: step, loss, learning_rate, grad_norm, step_seconds, geoscale/…
-    eval_before: float | None  # None in a run that was resumed
+    eval_before: float | None  # held-out text; None where the log does not reach back to the start
     eval_after: float
     layers: list[dict] | None  # rows of geometry_report; None without FP8
 
@@ -31,7 +31,9 @@ class RunMetrics:
     def collect(
         cls, settings: dict, log: list[dict], before: float | None, after: float, report: GeometryReport | None
     ) -> "RunMetrics":
-        """From the Trainer's log history; a resumed run takes `before` from the log its checkpoint kept, if it did."""
+        """From the Trainer's log history; a resumed run finds `before` in the part its checkpoint kept."""
+        if before is None:
+            before = next((entry["eval_loss"] for entry in log if "eval_loss" in entry and entry["step"] == 0), None)
         environment = {
             "hf_geoscale": __version__,
             "torch": torch.__version__,
@@ -101,6 +103,15 @@ def loss_gap(run: RunMetrics, baseline: RunMetrics) -> dict[str, float]:
     }
 
 
+def _label(run: RunMetrics) -> str:
+    """What ran the attention, for a reader: "FP8, scales from the weights" or the baseline's dtype."""
+    return (
+        "FP8, scales from the weights"
+        if run.settings["scaling"] == "geometry"
+        else f"baseline, {run.settings['dtype']}"
+    )
+
+
 def _plot(metrics: RunMetrics, baseline: RunMetrics | None, path: Path) -> None:
     import matplotlib  # extra: plot
 
@@ -115,7 +126,7 @@ def _plot(metrics: RunMetrics, baseline: RunMetrics | None, path: Path) -> None:
             baseline.losses,
             color="0.5",
             linewidth=2.5,
-            label=baseline.settings["scaling"],
+            label=_label(baseline),
         )
         right.axhline(0, color="0.5", linewidth=1)
         right.plot(x, [a - b for a, b in zip(metrics.losses, baseline.losses, strict=True)], color="C0")
@@ -123,7 +134,7 @@ def _plot(metrics: RunMetrics, baseline: RunMetrics | None, path: Path) -> None:
     else:
         right.plot(x, [entry.get("geoscale/utilisation", 0.0) for entry in metrics.steps], color="C0")
         right.set(title="Worst certificate utilisation", xlabel="step", ylim=(0, 1))
-    left.plot(x, metrics.losses, color="C0", linewidth=1.2, label=metrics.settings["scaling"])
+    left.plot(x, metrics.losses, color="C0", linewidth=1.2, label=_label(metrics))
     left.set(title="Training loss", xlabel="step", ylabel="nats per token")
     left.legend()
     figure.savefig(path, dpi=120)
@@ -170,7 +181,7 @@ def print_summary(metrics: RunMetrics, baseline: RunMetrics | None, output: Path
     table = Table(title="Training loss, nats per token")
     table.add_column("step", justify="right")
     for run in runs:
-        table.add_column(f"{run.settings['scaling']} ({run.settings['dtype']})", justify="right")
+        table.add_column(_label(run), justify="right")
     if baseline is not None:
         table.add_column("gap", justify="right")
     stride = max(1, len(metrics.steps) // 10)
@@ -180,9 +191,10 @@ def print_summary(metrics: RunMetrics, baseline: RunMetrics | None, output: Path
         table.add_row(str(metrics.steps[index]["step"]), *(f"{loss:.4f}" for loss in losses), *gap)
     console.print(table)
     for run in runs:
-        name = run.settings["scaling"]
-        before = "resumed" if run.eval_before is None else f"{run.eval_before:.4f}"
-        console.print(f"{name}: held-out loss {before} → {run.eval_after:.4f}, {run.seconds_per_step:.2f} s a step")
+        before = "–" if run.eval_before is None else f"{run.eval_before:.4f}"
+        console.print(
+            f"{_label(run)}: held-out loss {before} → {run.eval_after:.4f}, {run.seconds_per_step:.2f} s a step"
+        )
     if metrics.layers is not None:
         calls = sum(row["calls"] for row in metrics.layers)
         console.print(

@@ -149,7 +149,7 @@ def test_best_model_at_the_end_is_refreshed(tmp_path):
         **options,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
-        learning_rate=0.3,  # gets worse at once, so the best is not the last
+        greater_is_better=True,  # the loss falls, so the "best" is not the last
     )
     run.train()
     assert run.state.best_model_checkpoint.endswith("-1")
