@@ -237,3 +237,37 @@ def test_mistral_window_is_honoured():
     # two layers of a window of 9 reach back 16 tokens
     assert torch.equal(a[:, 17:], b[:, 17:])
     assert not torch.equal(a[:, 16], b[:, 16])
+
+
+@pytest.mark.gpu
+def test_a_patched_model_moves_to_the_gpu_and_trains_there(family):
+    model, ids = patch_model(tiny_model(family)), tokens(2, 40)
+    cpu = model(ids, labels=ids)
+    cpu.loss.backward()
+    grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    model.cuda()
+    gpu = model(ids.cuda(), labels=ids.cuda())
+    gpu.loss.backward()
+    assert geoscale_layers(model)[0].geometry.q_bound.is_cuda
+    # flipped roundings re-draw the noise, which is no larger than the error itself
+    assert relative(gpu.logits.cpu(), cpu.logits) < OUTPUT_ERROR
+    assert relative(torch.cat([p.grad.flatten() for p in model.parameters()]).cpu(), grads) < GRADIENT_ERROR
+    assert sum(row["overflows"] for row in geometry_report(model).rows) == 0
+
+
+@pytest.mark.gpu
+def test_bounds_on_the_gpu_ignore_tf32(family):
+    model = tiny_model(family)
+    patch_model(model)
+    exact = [layer.geometry.q_bound for layer in geoscale_layers(model)]
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        unpatch_model(model).cuda()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            patch_model(model)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    for layer, bound in zip(geoscale_layers(model), exact, strict=True):
+        torch.testing.assert_close(layer.geometry.q_bound.cpu(), bound, rtol=1e-12, atol=0)
