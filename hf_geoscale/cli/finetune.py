@@ -137,6 +137,16 @@ def build_trainer(settings: Settings, output: Path, save_steps: int, console: Co
     return trainer
 
 
+def loss_before(trainer: Trainer, output: Path, resumed: bool) -> float:
+    """Held-out loss before the first step, kept in a file for runs that are resumed."""
+    record = output / "eval_before.json"
+    if resumed and record.exists():
+        return json.loads(record.read_text())["eval_loss"]
+    loss = trainer.evaluate()["eval_loss"]
+    record.write_text(json.dumps({"eval_loss": loss}) + "\n")
+    return loss
+
+
 def finetune_model(
     settings: Settings,
     output: Path,
@@ -159,7 +169,7 @@ def finetune_model(
     checkpoint = prepare_output(settings, output, resume)
     start = f"resuming from {Path(checkpoint).name}" if checkpoint else "from the start"
     console.print(f"Fine-tuning {settings.model}, scaling {settings.scaling}, {settings.steps} steps, {start}")
-    before = None if checkpoint else trainer.evaluate()["eval_loss"]
+    before = loss_before(trainer, output, bool(checkpoint))
     trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()["eval_loss"]
     report = geometry_report(trainer.model) if settings.scaling == "geometry" else None

@@ -23,17 +23,15 @@ class RunMetrics:
     settings: dict
     environment: dict
     steps: list[dict]  # a dict a step: step, loss, learning_rate, grad_norm, step_seconds, geoscale/…
-    eval_before: float | None  # held-out text; None where the log does not reach back to the start
+    eval_before: float  # held-out text
     eval_after: float
     layers: list[dict] | None  # rows of geometry_report; None without FP8
 
     @classmethod
     def collect(
-        cls, settings: dict, log: list[dict], before: float | None, after: float, report: GeometryReport | None
+        cls, settings: dict, log: list[dict], before: float, after: float, report: GeometryReport | None
     ) -> "RunMetrics":
-        """From the Trainer's log history; a resumed run finds `before` in the part its checkpoint kept."""
-        if before is None:
-            before = next((entry["eval_loss"] for entry in log if "eval_loss" in entry and entry["step"] == 0), None)
+        """From the Trainer's log history, which a checkpoint keeps, and the losses on held-out text."""
         environment = {
             "hf_geoscale": __version__,
             "torch": torch.__version__,
@@ -191,9 +189,8 @@ def print_summary(metrics: RunMetrics, baseline: RunMetrics | None, output: Path
         table.add_row(str(metrics.steps[index]["step"]), *(f"{loss:.4f}" for loss in losses), *gap)
     console.print(table)
     for run in runs:
-        before = "–" if run.eval_before is None else f"{run.eval_before:.4f}"
         console.print(
-            f"{_label(run)}: held-out loss {before} → {run.eval_after:.4f}, {run.seconds_per_step:.2f} s a step"
+            f"{_label(run)}: held-out loss {run.eval_before:.4f} → {run.eval_after:.4f}, {run.seconds_per_step:.2f} s a step"
         )
     if metrics.layers is not None:
         calls = sum(row["calls"] for row in metrics.layers)

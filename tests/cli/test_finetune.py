@@ -148,5 +148,5 @@ def test_killed_and_resumed_continues_with_the_same_losses(tiny_folder, text_fil
     ours, theirs = RunMetrics.read(killed), RunMetrics.read(tmp_path / "whole")
     assert ours.losses == theirs.losses
     assert len(ours.losses) == 60
-    assert ours.eval_after == theirs.eval_after
+    assert (ours.eval_before, ours.eval_after) == (theirs.eval_before, theirs.eval_after)
     assert json.loads((killed / "settings.json").read_text())["steps"] == 60
