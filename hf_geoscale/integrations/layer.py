@@ -59,7 +59,7 @@ class GeoScaleLayer(PatchedLayer):
         version = self.site.version()
         device = self.site.parameters()[0].device
         vectors = None if self.geometry is None else self.geometry.vectors
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             geometry = measure_layer(
                 *self.site.projections(), self.site.softmax_scale, vectors=vectors, headroom=self.config.headroom
             )

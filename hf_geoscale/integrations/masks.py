@@ -30,8 +30,9 @@ def key_range_of_mask(
     """Key ranges (B, Lq, 2) of an explicit mask, or None when it is no mask of contiguous ranges (holes, biases, per head)."""
     if mask.dim() != 4 or mask.shape[1] != 1:
         return None
+    version = None if mask.is_inference() else mask._version  # inference tensors do not count their changes
     known = _ranges.get(mask)
-    if known is not None and known[0] == mask._version:
+    if known is not None and known[0] == version is not None:
         return known[1]
     if mask.dtype == torch.bool:
         visible = mask[:, 0]
@@ -43,7 +44,7 @@ def key_range_of_mask(
     else:
         return None
     ranges = _ranges_by_rows(lambda start, stop: visible[:, start:stop], mask.shape[2])
-    _ranges[mask] = (mask._version, ranges)
+    _ranges[mask] = (version, ranges)
     return ranges
 
 

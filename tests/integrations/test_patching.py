@@ -127,6 +127,18 @@ class TestStaleness:
         model(ids)
         assert geoscale_layers(model)[0].weights_version != old
 
+    def test_scales_made_in_inference_mode_serve_training(self):
+        model, ids = patch_model(tiny_model("llama")), tokens(1, 20)
+        self.change(model, "norm gain")
+        with torch.inference_mode():
+            mask = torch.ones(20, 20).tril().bool()[None, None]
+            model(ids, attention_mask=mask)
+            first = model(ids, attention_mask=mask).logits
+            mask[..., 10:, :10] = False  # no version counter tells of this
+            assert not torch.equal(model(ids, attention_mask=mask).logits, first)
+        model(ids, labels=ids).loss.backward()
+        assert model.model.layers[0].self_attn.q_proj.weight.grad.any()
+
     def test_an_unchanged_model_is_not_measured_again(self, monkeypatch):
         model, ids = patch_model(tiny_model("llama")), tokens(1, 20)
         monkeypatch.setattr("hf_geoscale.integrations.layer.measure_layer", None)
