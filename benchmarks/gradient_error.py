@@ -42,8 +42,10 @@ def capture(model: PreTrainedModel, ids: Tensor) -> dict[int, Operands]:
     AttentionMaskInterface.register("capture", sdpa_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation("capture")
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    model.set_attn_implementation(before)
+    try:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    finally:
+        model.set_attn_implementation(before)
     return {layer: tuple(tensors) for layer, tensors in operands.items()}
 
 

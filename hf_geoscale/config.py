@@ -37,6 +37,12 @@ class GeoScaleConfig:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
+        if self.bound in ("rank_aware", "auto_alpha"):
+            raise ValueError(
+                f"bound={self.bound!r} scales FP8 logits, which this release does not have; use 'certified'"
+            )
+        if self.backend == "triton":
+            raise ValueError("backend='triton' is not in this release; use 'auto' or 'reference'")
         for name, allowed in (
             ("bound", get_args(Bound)),
             ("precision", get_args(Precision)),

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from .spectral import gram, sigma_upper
 
-ROUNDING_MARGIN = 2.0**-4
-"""Relative widening for BF16 activations: 16 unit roundoffs of 2⁻⁸. The path has at most nine roundings (norm, gain,
-projection, bias, cos, sin, two products, sum), each at most √2 unit roundoffs of the vector's norm; FP16 and TF32 are finer."""
+UNIT_ROUNDOFF = 2.0**-8
+"""Of BF16, the coarsest dtype a model runs in."""
+
+ROUNDING_MARGIN = 16 * UNIT_ROUNDOFF
+"""Relative widening of certificates: roundings whose error is proportional to the vector itself. The path has at most nine
+(norm, gain, projection, bias, cos, sin, two products, sum), each at most √2 unit roundoffs of the vector's norm."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +62,39 @@ class Projection:
             offset = offset + self.bias.detach().double()
         return offset * self.rotary_factor
 
+    def offset_rounding(self) -> Tensor:
+        """Bound of what BF16 does to W β + b, entry by entry: unit roundoff · (4·|W||β| + 2·|b|): (H, D) float64.
+
+        Four roundings reach W β (the norm's output, its cast, the cast of W, the product) and two reach b (its cast, the sum).
+        """
+        weight = self.weight.detach()
+        error = torch.zeros(weight.shape[:2], dtype=torch.float64, device=weight.device)
+        if self.norm_shift is not None:
+            error = error + 4 * (weight.double().abs() @ self.norm_shift.detach().double().abs())
+        if self.bias is not None:
+            error = error + 2 * self.bias.detach().double().abs()
+        return error * (UNIT_ROUNDOFF * self.rotary_factor)
+
 
 def norm_bound(
+    projection: Projection,
+    matrix: Tensor,  # (H, D, d) projection.matrix()
     sigma: Tensor,  # (H,) upper bound of σ(A)
-    offset: Tensor,  # (H, D)
-    width: int,
 ) -> Tensor:
-    """Certificate N = (√d·σ(A) + ‖c‖₂)·(1 + margin): no entry of the rotated output exceeds it. (H,) float64."""
-    return (math.sqrt(width) * sigma + offset.norm(dim=-1)) * (1 + ROUNDING_MARGIN)
+    """Certificate N = (√d·σ(A) + ‖c‖₂ + rounding)·(1 + margin): no entry of the rotated output exceeds it. (H,) float64.
+
+    `rounding` holds the BF16 errors that do not shrink when the vector does: casting W (unit roundoff · √d·‖A‖_F), and the
+    shift and the bias where they cancel against each other or against W's rows (see `Projection.offset_rounding`).
+    """
+    root = math.sqrt(matrix.shape[-1])
+    rounding = UNIT_ROUNDOFF * root * matrix.flatten(1).norm(dim=-1) + projection.offset_rounding().norm(dim=-1)
+    return (root * sigma + projection.offset().norm(dim=-1) + rounding) * (1 + ROUNDING_MARGIN)
 
 
 def operand_bound(projection: Projection) -> Tensor:
     """Certificate N of one projection, straight from its weights: (H,) float64. See `norm_bound`."""
     matrix = projection.matrix()
-    return norm_bound(sigma_upper(gram(matrix)), projection.offset(), matrix.shape[-1])
+    return norm_bound(projection, matrix, sigma_upper(gram(matrix)))
 
 
 def entry_bound(projection: Projection) -> Tensor:
@@ -82,7 +104,7 @@ def entry_bound(projection: Projection) -> Tensor:
     """
     matrix = projection.matrix()
     rows = math.sqrt(matrix.shape[-1]) * matrix.norm(dim=-1) + projection.offset().abs()
-    return rows * (1 + ROUNDING_MARGIN)
+    return (rows + projection.offset_rounding()) * (1 + ROUNDING_MARGIN)
 
 
 def logit_bound(

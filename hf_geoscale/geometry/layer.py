@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .certificates import Projection, logit_bound, norm_bound
+from .certificates import ROUNDING_MARGIN, Projection, logit_bound, norm_bound
 from .spectral import (
     COLD_ROUNDS,
     WARM_ROUNDS,
@@ -46,7 +46,8 @@ def weight_drift_budget(
     """Largest movement m of any single weight that cannot carry the operand past `headroom` × its bound: ().
 
     Moving every entry of W, g, β and b by at most m moves A by at most m·(√(D·d)·(max|g| + m) + σ(W)) and c by at most
-    m·(√(D·d)·(‖β‖ + √d·m) + √d·σ(W) + √D). σ(W) ≤ ‖W‖_F. Solved with m ≤ 1, which any trained weight satisfies.
+    m·(√(D·d)·(‖β‖ + √d·m) + √d·σ(W) + √D). σ(W) ≤ ‖W‖_F. Solved with m ≤ 1, which any trained weight satisfies. The
+    rounding terms of the certificate move by at most four unit roundoffs of that, and the margin multiplies all.
     """
     weight = projection.weight.detach().double()
     _, dim, width = weight.shape
@@ -61,7 +62,8 @@ def weight_drift_budget(
     slope = width**0.5 * (spread * (gain + 1) + weight_norm)
     if projection.norm_shift is not None or projection.bias is not None:
         slope = slope + spread * (shift + width**0.5) + width**0.5 * weight_norm + dim**0.5
-    return ((headroom - 1) * bound / (slope * projection.rotary_factor)).amin().clamp(max=1.0)
+    slope = slope * (1 + 2 * ROUNDING_MARGIN) * projection.rotary_factor
+    return ((headroom - 1) * bound / slope).amin().clamp(max=1.0)
 
 
 def measure_layer(
@@ -81,16 +83,15 @@ def measure_layer(
     """
     projections = (query, key, value)
     matrices = [p.matrix() for p in projections]
-    offsets = [p.offset() for p in projections]
     heads = [m.shape[0] for m in matrices]
     sigmas = sigma_upper(torch.cat([gram(m) for m in matrices])).split(heads)
-    bounds = [norm_bound(s, o, m.shape[-1]) for s, o, m in zip(sigmas, offsets, matrices, strict=True)]
+    bounds = [norm_bound(p, m, s) for p, m, s in zip(projections, matrices, sigmas, strict=True)]
     drift = (
         [weight_drift_budget(p, b, headroom) for p, b in zip(projections, bounds, strict=True)] if headroom > 1 else []
     )
     matrix_q, matrix_k = matrices[:2]
     if query.has_offset or key.has_offset:
-        matrix_q, matrix_k = augment(matrix_q, offsets[0]), augment(matrix_k, offsets[1])
+        matrix_q, matrix_k = augment(matrix_q, query.offset()), augment(matrix_k, key.offset())
     width, rounds = matrix_q.shape[-1], WARM_ROUNDS
     if matrix_k.shape[-1] != width:
         raise ValueError(f"q and k must see the same token, got widths {width} and {matrix_k.shape[-1]}")

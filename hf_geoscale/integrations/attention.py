@@ -2,6 +2,7 @@
 
 import logging
 
+import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -12,43 +13,40 @@ from .masks import key_range_of_mask
 
 logger = logging.getLogger(__name__)
 
-# Keyword arguments of the attention interface that change the result and that FP8 attention does not have.
+# Keyword arguments of the attention interface that change the result and that neither FP8 attention nor SDPA has.
 _NOT_HONOURED = {
     "softcap": "a soft cap on the logits",
     "position_bias": "a position bias on the logits",
     "s_aux": "attention sinks",
     "head_mask": "a head mask",
     "cu_seq_lens_q": "sequence lengths of a packed batch (pass position_ids instead)",
-    "output_attentions": "returned attention probabilities (output_attentions=True)",
+    "output_attentions": "returned attention probabilities",
 }
 
 
-def _delegate(layer: GeoScaleLayer, reason: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **call):
-    """Run a call on SDPA, counted under `reason`."""
+def _delegate(layer: GeoScaleLayer, reason: str, module: nn.Module, *operands, **call):
+    """Run a call on SDPA, counted under `reason`, and logged once: decoding quietly, anything in training as a warning."""
     if not layer.delegated[reason]:
-        logger.log(
-            logging.DEBUG if reason == "kv_cache" else logging.WARNING,
-            "geoscale: %s runs on SDPA in BF16/FP32 (%s); counted in geometry_report",
-            layer.name,
-            reason,
-        )
+        quiet = reason == "kv_cache" and not operands[0].requires_grad
+        level = logging.DEBUG if quiet else logging.WARNING
+        logger.log(level, "geoscale: %s runs on SDPA (%s); counted in geometry_report", layer.name, reason)
     layer.delegated[reason] += 1
-    visibility, mask = call.pop("visibility", None), call.pop("attention_mask")
-    if visibility is not None:
-        mask = visibility.dense(query.device)
-    return sdpa_attention_forward(module, query, key, value, mask, **call)
+    return sdpa_attention_forward(module, *operands, **call)
 
 
-def _visibility(attention_mask: Tensor | None, length: int, causal: bool, window: int | None) -> Visibility | None:
+def _visibility(mask: Tensor | None, batch: int, length: int, causal: bool, window: int | None) -> Visibility | None:
     """What the mask of a self-attention call means, or None when ranges cannot express it."""
-    if attention_mask is None:
+    if mask is None:
         return Visibility(length, length, causal, window if causal else None)
-    if attention_mask.dim() == 3:  # key ranges of `geoscale_mask`
-        return Visibility(length, length, False, None, attention_mask)
-    if attention_mask.dim() == 4 and attention_mask.shape[2:] == (length, length):
-        key_range = key_range_of_mask(attention_mask)
-        return None if key_range is None else Visibility(length, length, False, None, key_range)
-    return None
+    if mask.dtype == torch.int32:  # key ranges of `geoscale_mask`, (B, 1, L, 2)
+        key_range: Tensor | None = mask[:, 0]
+    elif mask.dim() == 4 and mask.shape[2:] == (length, length):
+        key_range = key_range_of_mask(mask)
+    else:
+        key_range = None
+    if key_range is None:
+        return None
+    return Visibility(length, length, False, None, key_range.expand(batch, -1, -1))
 
 
 def _shape(mask: Tensor | None) -> str:
@@ -69,8 +67,8 @@ def geoscale_attention_forward(
 ) -> tuple[Tensor, None]:
     """FP8 attention of a patched layer, in the attention interface's form: ((B, Lq, Hq, D), None).
 
-    Calls whose keys come from a cache (Lq ≠ Lk) run on SDPA, counted as "kv_cache". Whatever else cannot be honoured
-    exactly raises UnsupportedAttentionError, or runs on SDPA, counted, with fallback="sdpa".
+    Calls with a cache (Lq ≠ Lk) run on SDPA, counted as "kv_cache". A mask that cannot be honoured exactly raises
+    UnsupportedAttentionError, or runs on SDPA, counted, with fallback="sdpa".
 
     Raises:
         UnsupportedModelError: the module was never patched.
@@ -85,20 +83,25 @@ def geoscale_attention_forward(
     if scaling is None:
         scaling = layer.site.softmax_scale
     call = {"attention_mask": attention_mask, "dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+    given = {name for name, value in kwargs.items() if value is not None and value is not False}
+    refused = [what for name, what in _NOT_HONOURED.items() if name in given]
+    if refused:
+        raise UnsupportedAttentionError(
+            f"FP8 attention cannot honour {refused[0]} ({layer.name}), and neither can SDPA. Do without, or unpatch the model "
+            'and use attn_implementation="eager"'
+        )
     if query.shape[2] != key.shape[2]:
         return _delegate(layer, "kv_cache", module, query, key, value, **call)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    visibility = _visibility(attention_mask, query.shape[2], causal, sliding_window)
-    given = {name for name, value in kwargs.items() if value is not None and value is not False}
-    reason = next((what for name, what in _NOT_HONOURED.items() if name in given), None)
-    if reason is not None or visibility is None:
-        reason = reason or f"its mask {_shape(attention_mask)}, which is no range of keys per row"
+    visibility = _visibility(attention_mask, query.shape[0], query.shape[2], causal, sliding_window)
+    if visibility is None:
+        reason = f"its mask {_shape(attention_mask)}, which is no range of keys per row"
         if layer.config.fallback != "sdpa":
             raise UnsupportedAttentionError(
                 f"FP8 attention cannot honour {reason} ({layer.name}). "
-                "Remove it, or patch with fallback='sdpa' to run such calls on SDPA"
+                "Change the mask, or patch with fallback='sdpa' to run such calls on SDPA"
             )
-        return _delegate(layer, reason, module, query, key, value, visibility=visibility, **call)
+        return _delegate(layer, reason, module, query, key, value, **call)
     layer.calls += 1
     scales = layer.scales(query, key, value)
     out = fp8_attention(

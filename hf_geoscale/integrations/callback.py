@@ -36,9 +36,9 @@ def adam_step_bound(optimizer, weight_amax: float, weight_epsilon: float) -> flo
         if group["amsgrad"] or not beta1**2 < beta2:
             return None
         ratio = (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
-        decay = group["weight_decay"] * weight_amax
-        # Adam (not AdamW) adds the decay to the gradient, which the ratio already covers.
-        bounds.append(lr * (ratio + (decay if isinstance(optimizer, torch.optim.AdamW) else 0)))
+        # Decay that is not decoupled is added to the gradient, which the ratio already covers.
+        decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+        bounds.append(lr * (ratio + decoupled * group["weight_decay"] * weight_amax))
     return max(bounds) + weight_amax * weight_epsilon / 2
 
 
@@ -51,7 +51,7 @@ class GeoScaleCallback(TrainerCallback):
 
     Each log gains `geoscale/utilisation` (worst entry/certificate since the last log), `geoscale/overflows` (total so far),
     `geoscale/sigma_drift` (largest relative change of a head's σ at the last refresh) and `geoscale/refresh_seconds` (since
-    the last log). Reporters such as W&B run before user callbacks: `attach(trainer)` puts this one before them.
+    the last log), all of this process. Reporters such as W&B run before user callbacks: `attach(trainer)` puts this one first.
 
     Args:
         every_n_steps: N ≥ 1, optimizer steps between refreshes.
@@ -69,7 +69,8 @@ class GeoScaleCallback(TrainerCallback):
         self.drift_budget = 0.0
         self.weight_amax = self.weight_epsilon = 0.0
         self.seconds = 0.0  # spent on refreshes since the last log
-        self.checked = False
+        self.calls_before: dict[int, int] | None = None  # calls by layer when training began
+        self.overflows = 0
 
     def attach(self, trainer) -> "GeoScaleCallback":
         """Add this callback ahead of the trainer's reporters, so that they receive the metrics too; returns it."""
@@ -99,9 +100,7 @@ class GeoScaleCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._refresh(model)
-        for layer in self.layers:
-            layer.scheduled = self.every_n_steps > 1
-        self.checked = False
+        self.calls_before = {layer.site.layer: layer.calls + layer.delegated.total() for layer in self.layers}
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.steps += 1
@@ -112,12 +111,19 @@ class GeoScaleCallback(TrainerCallback):
             due = self.drift > self.drift_budget
         if due:
             self._refresh(model)
+        else:
+            for layer in self.layers:
+                layer.accept_drift()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.checked:
+        before, self.calls_before = self.calls_before, None
+        if before is None:
             return
-        self.checked = True
-        idle = [layer.site.layer for layer in self.layers if not layer.calls and not layer.delegated]
+        idle = [
+            layer.site.layer
+            for layer in self.layers
+            if layer.calls + layer.delegated.total() == before[layer.site.layer]
+        ]
         if idle:
             logger.warning(
                 "geoscale: layers %s are patched but their attention never ran through the attention interface; another "
@@ -129,19 +135,23 @@ class GeoScaleCallback(TrainerCallback):
         if logs is None or not self.layers:
             return
         used = [u for u in (layer.drain_utilisation() for layer in self.layers) if u is not None]
+        overflows = sum(layer.statistics.overflows for layer in self.layers)
         metrics = {
-            "geoscale/overflows": sum(layer.statistics.overflows for layer in self.layers),
+            "geoscale/overflows": overflows,
             "geoscale/sigma_drift": max(layer.sigma_drift for layer in self.layers),
             "geoscale/refresh_seconds": round(self.seconds, 6),
         }
         if used:
             metrics["geoscale/utilisation"] = max(used)
         self.seconds = 0.0
+        if overflows > self.overflows:
+            self.overflows = overflows
+            logger.warning(
+                "geoscale: %d FP8 overflows so far; a certificate was exceeded, please report it", self.overflows
+            )
         logs.update(metrics)
         if state.log_history:
             state.log_history[-1].update(metrics)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        for layer in self.layers:
-            layer.scheduled = False
         self._refresh(model)

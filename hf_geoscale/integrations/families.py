@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
 from ..geometry import Projection
@@ -46,8 +48,11 @@ class AttentionSite:
         tensors = (t for p in projections for t in (p.weight, p.bias, p.norm_gain, p.norm_shift) if t is not None)
         return list({(t.data_ptr(), t.shape): t for t in tensors}.values())
 
-    def version(self) -> tuple[tuple[int, int], ...]:
-        """Changes whenever a weight is replaced or written in place (writes through `.data` are invisible to torch)."""
+    def version(self) -> tuple:
+        """Changes whenever a weight is replaced or written in place, and with every step of any torch optimizer.
+
+        (Fused optimizers do not count as writes for torch, hence the steps; writes through `.data` are invisible to both.)
+        """
         return FAMILIES[self.family].version(self)
 
 
@@ -62,11 +67,23 @@ class Family:
     modules: tuple[str, ...]  # of the attention, whose parameters decide the scales
     softmax_scale: Callable[[Any], float]
 
-    def version(self, site: AttentionSite) -> tuple[tuple[int, int], ...]:
+    def version(self, site: AttentionSite) -> tuple:
         modules = [site.input_norm, *(getattr(site.attention, name) for name in self.modules)]
-        return tuple(
-            (p.data_ptr(), 0 if p.is_inference() else p._version) for module in modules for p in module.parameters()
-        )
+        parameters = [p for module in modules for p in module.parameters()]
+        # An inference tensor counts no changes: a new object differs from every earlier version.
+        writes = [(p.data_ptr(), object() if p.is_inference() else p._version) for p in parameters]
+        return (_optimizer_steps, *writes)
+
+
+_optimizer_steps = 0  # of any optimizer in this process
+
+
+def _count_optimizer_step(*_) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 def _describe(site: AttentionSite, name: str) -> str:
@@ -75,33 +92,42 @@ def _describe(site: AttentionSite, name: str) -> str:
 
 def _dense_weight(site: AttentionSite, name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a projection, once it is sure that they are the effective ones."""
-    module = getattr(site.attention, name)
+    module: Any = getattr(site.attention, name)
     where = _describe(site, name)
     if hasattr(module, "base_layer"):
         raise UnsupportedModelError(
             f"{where} is a {type(module).__name__} adapter, whose effective weight this release does not certify; "
             "merge it first (model.merge_and_unload()) or unpatch the model"
         )
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        found = f"{weight.dtype} weights" if isinstance(weight, Tensor) else f"a {type(module).__name__}"
-        raise UnsupportedModelError(f"{where} holds {found}; load the model in bfloat16, float16 or float32")
+    if type(module) not in (nn.Linear, Conv1D):
+        raise UnsupportedModelError(
+            f"{where} is a {type(module).__name__}; only nn.Linear and Conv1D are sure to compute what their weight says"
+        )
+    weight = module.weight
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise UnsupportedModelError(
+            f"{where} holds {weight.dtype} weights; load the model in bfloat16, float16 or float32"
+        )
     if hasattr(weight, "full_tensor") or weight.is_meta:
         raise UnsupportedModelError(
             f"{where} is sharded or on the meta device; patch the model where its weights are whole"
+        )
+    if type(weight) not in (nn.Parameter, Tensor):
+        raise UnsupportedModelError(
+            f"{where} keeps its weight as a {type(weight).__name__}, whose values we cannot read"
         )
     if tuple(weight.shape) != shape:
         raise UnsupportedModelError(f"{where} must have a weight of shape {shape}, got {tuple(weight.shape)}")
     return weight, getattr(module, "bias", None)
 
 
-def _norm(site: AttentionSite) -> tuple[Tensor | None, Tensor | None]:
-    """Gain and shift of the norm before the attention: (d,) each, or None where the norm has none."""
-    norm = site.input_norm
+def _norm(site: AttentionSite, norm: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Gain and shift of a norm layer whose output is bounded: (d,) each, or None where it has none."""
     known = isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) or type(norm).__name__.endswith("RMSNorm")
     if not known or getattr(norm, "offset", None):
         raise UnsupportedModelError(
-            f"{_describe(site, type(norm).__name__)} is not a LayerNorm or RMSNorm whose gain we know; tokens have no norm bound"
+            f"{_describe(site, type(norm).__name__)} is not a LayerNorm or RMSNorm whose gain we know; "
+            "tokens after it have no norm bound"
         )
     return norm.weight, getattr(norm, "bias", None)
 
@@ -113,7 +139,7 @@ def _rotary_factor(site: AttentionSite) -> float:
 def _split_projections(site: AttentionSite) -> tuple[Projection, Projection, Projection]:
     """Llama, Mistral, Qwen2 (biases) and Qwen3 (norms per head after q and k): separate q_proj, k_proj, v_proj."""
     attention, config, rotary = site.attention, site.attention.config, _rotary_factor(site)
-    gain, shift = _norm(site)
+    gain, shift = _norm(site, site.input_norm)
     dim = attention.head_dim
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
     read = {}
@@ -124,12 +150,12 @@ def _split_projections(site: AttentionSite) -> tuple[Projection, Projection, Pro
         read[name] = Projection(weight.view(count, dim, -1), gain, shift, bias, factor)
         head_norm = getattr(attention, f"{name}_norm", None)
         if head_norm is not None:
-            if tuple(head_norm.weight.shape) != (dim,):
+            head_gain, head_shift = _norm(site, head_norm)
+            if head_gain is None or tuple(head_gain.shape) != (dim,) or head_shift is not None:
                 raise UnsupportedModelError(
-                    f"{_describe(site, name + '_norm')} must normalise one head, gain of shape ({dim},), "
-                    f"got {tuple(head_norm.weight.shape)}"
+                    f"{_describe(site, name + '_norm')} must be an RMSNorm of one head, gain of shape ({dim},) and no shift"
                 )
-            read[name] = Projection.of_head_norm(head_norm.weight, count, rotary)
+            read[name] = Projection.of_head_norm(head_gain, count, rotary)
     return read["q"], read["k"], read["v"]
 
 
@@ -138,7 +164,7 @@ def _fused_conv1d(site: AttentionSite) -> tuple[Projection, Projection, Projecti
     attention = site.attention
     heads, dim, width = attention.num_heads, attention.head_dim, attention.embed_dim
     weight, bias = _dense_weight(site, "c_attn", (width, 3 * width))
-    gain, shift = _norm(site)
+    gain, shift = _norm(site, site.input_norm)
     biases = [None] * 3 if bias is None else bias.view(3, heads, dim)
     q, k, v = (
         Projection(w.T.reshape(heads, dim, width), gain, shift, b)

@@ -17,30 +17,31 @@ from .families import AttentionSite
 class PatchedLayer:
     """What every patched attention module carries as its attribute `geoscale`.
 
-    By itself: a layer of an unsupported family under fallback="sdpa", whose calls are only counted.
+    By itself: a layer of an unsupported model under fallback="sdpa", whose calls are only counted.
     """
 
-    def __init__(self, config: GeoScaleConfig, name: str):
+    def __init__(self, config: GeoScaleConfig, name: str, reason: str = ""):
         self.config = config
         self.name = name  # for messages
+        self.reason = reason  # why it is only counted
         self.calls = 0  # run in FP8
         self.delegated: Counter[str] = Counter()  # run by SDPA, by reason
-        self.hook: RemovableHandle | None = None  # counts the calls of an unsupported family
+        self.hook: RemovableHandle | None = None  # counts the calls of an unsupported model
 
     def describe(self) -> str:
         """One line of numerics for `print(model)`."""
-        return "geoscale: unsupported family, attention unchanged"
+        return f"geoscale: attention unchanged ({self.reason})"
 
     def count_unsupported(self, *_) -> None:
-        """Forward pre-hook of an attention module of an unsupported family."""
-        self.delegated["family"] += 1
+        """Forward pre-hook of an attention module of an unsupported model."""
+        self.delegated["unsupported model"] += 1
 
 
 class GeoScaleLayer(PatchedLayer):
     """State of one attention module that runs in FP8.
 
     Nothing of it enters a checkpoint: everything is recomputed from the weights. A layer refreshes itself when a forward
-    finds its weights changed (loaded, stepped, moved), unless `scheduled`: then the callback answers for their drift.
+    finds its weights changed (loaded, stepped, moved), unless somebody who bounded the change has called `accept_drift`.
     """
 
     def __init__(self, site: AttentionSite, config: GeoScaleConfig):
@@ -49,10 +50,11 @@ class GeoScaleLayer(PatchedLayer):
         self.scaling = GeometryScaling(config.headroom)
         self.geometry: LayerGeometry | None = None
         self.weights_version: tuple | None = None
-        self.scheduled = False
         self.sigma_drift = 0.0  # largest relative change of sigma_lower at the last refresh
         self.statistics = AttentionStatistics(config.observe_logits)
-        self.peak_used: dict[str, Tensor] = {}  # operand → (H,), largest entry / certificate so far
+        self.observed: dict[str, Tensor] = {}  # operand → (H,), largest entry / certificate since the last refresh
+        self.interval_utilisation: Tensor | None = None  # () since the last `drain_utilisation`
+        self.peak_utilisation: Tensor | None = None  # () since patching
 
     def measure(self) -> tuple[LayerGeometry, tuple]:
         """Geometry of today's weights and their version; changes nothing."""
@@ -66,7 +68,9 @@ class GeoScaleLayer(PatchedLayer):
         return geometry, version
 
     def install(self, geometry: LayerGeometry, version: tuple) -> None:
-        """Use this geometry's scales from now on."""
+        """Use this geometry's scales from now on; maxima observed under the old weights are dropped."""
+        self.collect()
+        self.observed, self.statistics.logit_amax = {}, None
         if self.geometry is not None:
             old = self.geometry.sigma_lower.to(geometry.sigma_lower.device)
             change = (geometry.sigma_lower / old.clamp_min(torch.finfo(old.dtype).tiny) - 1).abs()
@@ -74,12 +78,20 @@ class GeoScaleLayer(PatchedLayer):
         self.scaling.refresh(geometry)
         self.geometry, self.weights_version = geometry, version
 
-    def scales(self, query: Tensor, key: Tensor, value: Tensor) -> QuantScales:
-        """Scales of this call, of today's weights unless a callback schedules the refreshes."""
-        if self.geometry is None or not (self.scheduled or self.weights_version == self.site.version()):
+    def refresh_if_stale(self) -> None:
+        """Measure and install again if the weights changed since they were measured or accepted."""
+        if self.geometry is None or self.weights_version != self.site.version():
             geometry, version = self.measure()
             check_finite([(self, geometry)])
             self.install(geometry, version)
+
+    def accept_drift(self) -> None:
+        """Take today's weights as covered by the scales in use: for whoever has bounded their drift by the headroom."""
+        self.weights_version = self.site.version()
+
+    def scales(self, query: Tensor, key: Tensor, value: Tensor) -> QuantScales:
+        """Scales of this call, of today's weights."""
+        self.refresh_if_stale()
         return self.scaling.quant_scales(query, key, value)
 
     @property
@@ -87,13 +99,20 @@ class GeoScaleLayer(PatchedLayer):
         """Largest movement of any weight that the scales in use still cover; see `weight_drift_budget`."""
         return 0.0 if self.geometry is None else self.geometry.max_weight_drift
 
+    def collect(self) -> None:
+        """Move what the calls saw out of the op's statistics; waits for no device."""
+        for name, share in self.statistics.range_used.items():
+            used = share * self.config.headroom
+            self.observed[name] = _largest(used, self.observed.get(name))
+            self.interval_utilisation = _largest(used.amax(), self.interval_utilisation)
+            self.peak_utilisation = _largest(used.amax(), self.peak_utilisation)
+        self.statistics.range_used = {}
+
     def drain_utilisation(self) -> float | None:
         """Worst certificate utilisation (largest entry / certificate) since the last call; None without a forward."""
-        used = {name: share * self.config.headroom for name, share in self.statistics.range_used.items()}
-        self.statistics.range_used = {}
-        for name, share in used.items():
-            self.peak_used[name] = torch.maximum(share, self.peak_used.get(name, share).to(share.device))
-        return max((float(share.amax()) for share in used.values()), default=None)
+        self.collect()
+        used, self.interval_utilisation = self.interval_utilisation, None
+        return None if used is None else float(used)
 
     def describe(self) -> str:
         if self.geometry is None:
@@ -105,6 +124,10 @@ class GeoScaleLayer(PatchedLayer):
             f"geoscale: E4M3, {self.config.bound}, {self.config.precision}, {mixing}, headroom {self.config.headroom:g}, "
             f"|q| ≤ {q:.3g}, |k| ≤ {k:.3g}, |v| ≤ {v:.3g}, |logit| ≤ {logit:.3g}"
         )
+
+
+def _largest(new: Tensor, old: Tensor | None) -> Tensor:
+    return new if old is None else torch.maximum(new, old.to(new.device))
 
 
 def check_finite(measured: list[tuple[GeoScaleLayer, LayerGeometry]]) -> None:

@@ -64,8 +64,9 @@ def geoscale_mask(
     """Mask of one forward for the `geoscale` attention; registered with `AttentionMaskInterface`.
 
     Returns:
-        None where the layer's own causal and sliding-window flags say it all; key ranges (B, Lq, 2) int32 for padding and
-        packing; SDPA's own mask wherever SDPA will run (decoding with a cache) or ranges cannot express the mask.
+        None where the layer's own causal and sliding-window flags say it all; key ranges (B, 1, Lq, 2) int32 for padding and
+        packing (4D, which transformers passes on untouched); SDPA's own mask wherever SDPA will run (with a cache) or ranges
+        cannot express the mask.
     """
     if cache_position is not None:
         q_length, q_offset, device = cache_position.shape[0], int(cache_position[0]), cache_position.device
@@ -80,7 +81,7 @@ def geoscale_mask(
         if not kwargs.get("use_vmap", False) and (padding is None or padding.shape[-1] == kv_length):
             ranges = _ranges_of_function(mask_function, padding, batch_size, kv_length, device)
             if ranges is not None:
-                return ranges
+                return ranges[:, None]
     if cache_position is None:
         kwargs |= {"q_length": q_length, "q_offset": q_offset} | ({} if device is None else {"device": device})
     else:

@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 NAME = "geoscale"
 """The attention implementation's name in transformers, on the attention and on the mask interface."""
 
+# At import, so that an unpickled patched model finds them in a new process.
+AttentionInterface.register(NAME, geoscale_attention_forward)
+AttentionMaskInterface.register(NAME, geoscale_mask)
+
 
 def patched_modules(model: nn.Module) -> Iterator[tuple[Any, PatchedLayer]]:
     """Every patched attention module with its state, in the order of the layers."""
@@ -48,18 +52,18 @@ def _measure_all(layers: list[GeoScaleLayer]) -> list[tuple[GeoScaleLayer, Layer
     return measured
 
 
-def _count_unsupported(model: PreTrainedModel, config: GeoScaleConfig) -> None:
-    """Leave an unsupported family's attention as it is, and count its calls."""
-    for module in model.modules():
-        if type(module).__name__.endswith("Attention"):
-            layer = PatchedLayer(config, type(module).__name__)
-            layer.hook = module.register_forward_pre_hook(layer.count_unsupported)
-            _attach(module, layer, model.config._attn_implementation)
-    logger.warning(
-        "geoscale: model_type %r is not supported; its attention stays %r, counted in geometry_report",
-        model.config.model_type,
-        model.config._attn_implementation,
-    )
+def _count_unsupported(model: PreTrainedModel, config: GeoScaleConfig, error: UnsupportedModelError) -> None:
+    """Leave an unsupported model's attention as it is, and count its calls."""
+    found = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
+    innermost = [m for m in found if not any(inner is not m for inner in m.modules() if inner in found)]
+    if not innermost:
+        raise error
+    implementation = model.config._attn_implementation
+    for module in innermost:
+        layer = PatchedLayer(config, type(module).__name__, str(error))
+        layer.hook = module.register_forward_pre_hook(layer.count_unsupported)
+        _attach(module, layer, implementation)
+    logger.warning("geoscale: attention stays %r, counted in geometry_report: %s", implementation, error)
 
 
 def _attach(module: Any, layer: PatchedLayer, original: str) -> None:
@@ -104,18 +108,16 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
     try:
         layers = [GeoScaleLayer(site, config) for site in attention_sites(model)]
         measured = _measure_all(layers)
-    except UnsupportedModelError:
+    except UnsupportedModelError as error:
         if config.fallback != "sdpa":
             raise
         unpatch_model(model)
-        _count_unsupported(model, config)
+        _count_unsupported(model, config, error)
         return model
     unpatch_model(model)
     original = model.config._attn_implementation
     for layer, geometry, version in measured:
         layer.install(geometry, version)
-    AttentionInterface.register(NAME, geoscale_attention_forward)
-    AttentionMaskInterface.register(NAME, geoscale_mask)
     _own_config(model)
     for layer in layers:
         _attach(layer.site.attention, layer, original)

@@ -22,9 +22,10 @@ class GeometryReport:
 
     Each row: `layer`, `family`; lists over heads `sigma_lower`, `sigma_upper` (interaction, without RoPE), `q_bound`,
     `k_bound`, `v_bound`, `logit_bound` (certificates, RoPE-safe), `worst_case_logit` (B₁ of arXiv 2602.18851); `alpha_min`
-    (rank-aware); what calls saw, None before one: `q_amax`, `k_amax`, `v_amax` (lists, largest entry after mixing),
-    `logit_amax` (list) and `alpha_observed` (largest |logit| / B₁) with observe_logits, `utilisation` (largest entry /
-    certificate); counts `overflows`, `calls`, `fallback_calls` and `fallback_reasons`.
+    (rank-aware; None where a per-head norm follows the projection); what calls saw with today's weights, None before one: `q_amax`,
+    `k_amax`, `v_amax` (lists, largest entry after mixing), `logit_amax` (list) and `alpha_observed` (largest |logit| / B₁) with
+    observe_logits; since patching: `utilisation` (largest entry / certificate), `overflows`, `calls`, `fallback_calls` and
+    `fallback_reasons`. Recomputation under gradient checkpointing counts as a call of its own.
     """
 
     rows: list[dict]
@@ -80,21 +81,23 @@ def _row(index: int, layer: PatchedLayer, model: Any, layers: int) -> dict:
 
 def _measured(layer: GeoScaleLayer, model: Any, layers: int) -> dict:
     """The part of a row that only a layer running in FP8 has."""
+    layer.refresh_if_stale()
+    layer.collect()
     query, key, _ = layer.site.projections()
     row = {name: getattr(layer.geometry, name).tolist() for name in _BOUNDS if hasattr(layer.geometry, name)}
     sigma, worst_case = measure_interaction(query, key, layer.site.softmax_scale)
     row["sigma_upper"], row["worst_case_logit"] = sigma.tolist(), worst_case.tolist()
     length = layer.config.max_length or getattr(model.config, "max_position_embeddings", None) or DEFAULT_LENGTH
     heads, dim, width = query.weight.shape
-    row["alpha_min"], _ = alpha_min(width, dim, length, heads, layers, layer.config.failure_prob)
+    if width > dim:  # a per-head norm leaves no low-rank interaction to speak of
+        row["alpha_min"], _ = alpha_min(width, dim, length, heads, layers, layer.config.failure_prob)
     if layer.statistics.logit_amax is not None:
         amax = layer.statistics.logit_amax.double().to(worst_case.device)
         row["logit_amax"] = amax.tolist()
         row["alpha_observed"] = float((amax / worst_case).amax())
-    layer.drain_utilisation()
-    for name, share in layer.peak_used.items():
+    for name, share in layer.observed.items():
         row[f"{name}_amax"] = (share.double().cpu() * getattr(layer.geometry, f"{name}_bound").cpu()).tolist()
-    row["utilisation"] = max((float(share.amax()) for share in layer.peak_used.values()), default=None)
+    row["utilisation"] = None if layer.peak_utilisation is None else float(layer.peak_utilisation)
     row["overflows"] = layer.statistics.overflows
     return row
 

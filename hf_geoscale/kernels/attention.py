@@ -38,8 +38,11 @@ class _FP8Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fp8_attention has first derivatives only; its backward was called with create_graph=True"
+            )
         *saved, out, row_max, row_sum = ctx.saved_tensors
         with torch.autocast(grad_out.device.type, enabled=False):
             grads = reference.backward(
@@ -109,7 +112,7 @@ def fp8_attention(
         precision: "standard", or "high" for k as two FP8 terms.
         statistics: accumulates overflow counts and the range in use, in place.
     Returns:
-        (B, Hq, Lq, D) in query's dtype.
+        (B, Hq, Lq, D) in query's dtype; first derivatives only.
     Raises:
         ValueError: a shape, head dimension, window, probability or precision that is not as stated.
         TypeError: an operand that is not floating point.

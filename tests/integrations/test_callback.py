@@ -1,14 +1,17 @@
 """The callback inside a real Trainer: when it refreshes, what it logs, what it notices."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_geoscale import GeoScaleCallback, GeoScaleConfig, geometry_report, patch_model
+from hf_geoscale.geometry import operand_bound
 from hf_geoscale.integrations import geoscale_layers
 from hf_geoscale.integrations.callback import SCHEDULED_HEADROOM, adam_step_bound
+from hf_geoscale.scaling import E4M3, GeometryScaling
 
 from ..conftest import tiny_model, tokens
 
@@ -47,25 +50,30 @@ def refreshes(monkeypatch):
 
 
 class FreshAtEachForward:
-    """A forward pre-hook that fails when scales are not of the weights in use."""
+    """Looks, at each FP8 call, whether the scales in use are those of the weights in use, measured anew."""
 
-    def __init__(self, model):
-        self.seen = 0
-        for layer in geoscale_layers(model):
-            layer.site.attention.register_forward_pre_hook(lambda *_, layer=layer: self.check(layer))
+    def __init__(self, model, monkeypatch):
+        self.seen, self.stale = 0, 0
+        original = GeometryScaling.quant_scales
+        layers = {id(layer.scaling): layer for layer in geoscale_layers(model)}
 
-    def check(self, layer):
-        assert layer.weights_version == layer.site.version()
-        self.seen += 1
+        def spy(scaling, *operands):
+            scales = original(scaling, *operands)
+            bound = operand_bound(layers[id(scaling)].site.projections()[0])
+            self.seen += 1
+            self.stale += not torch.equal(scales.q, (E4M3.max / scaling.headroom / bound).float())
+            return scales
+
+        monkeypatch.setattr(GeometryScaling, "quant_scales", spy)
 
 
-def test_callback_alone_patches_refreshes_and_logs(tmp_path, refreshes):
+def test_callback_alone_patches_refreshes_and_logs(tmp_path, refreshes, monkeypatch):
     model = tiny_model("llama")
     run = trainer(model, tmp_path, GeoScaleCallback())
-    fresh = FreshAtEachForward(model)
+    fresh = FreshAtEachForward(model, monkeypatch)
     run.train()
     assert refreshes == [0, 2, 4, 6, 8, 8]  # before, after each of 4 steps of 2 layers, at the end
-    assert fresh.seen == 8
+    assert (fresh.seen, fresh.stale) == (8, 0)
     logs = [entry for entry in run.state.log_history if "loss" in entry]
     assert len(logs) == 4
     for entry in logs:
@@ -76,12 +84,60 @@ def test_callback_alone_patches_refreshes_and_logs(tmp_path, refreshes):
     assert logs[-1]["geoscale/sigma_drift"] > 0
 
 
-def test_evaluation_after_a_step_sees_fresh_scales(tmp_path):
+@pytest.mark.parametrize("callbacks", [(GeoScaleCallback(),), ()], ids=["callback", "patched only"])
+def test_training_and_evaluation_always_see_fresh_scales(tmp_path, monkeypatch, callbacks):
     model = patch_model(tiny_model("llama"))
-    run = trainer(model, tmp_path, GeoScaleCallback(), eval_strategy="steps", eval_steps=1)
-    fresh = FreshAtEachForward(model)
+    run = trainer(model, tmp_path, *callbacks, eval_strategy="steps", eval_steps=1)
+    fresh = FreshAtEachForward(model, monkeypatch)
     run.train()
     assert fresh.seen > 8
+    assert fresh.stale == 0
+
+
+def test_the_freshness_check_sees_stale_scales(tmp_path, monkeypatch):
+    model = patch_model(tiny_model("llama"))
+    run = trainer(model, tmp_path)
+    fresh = FreshAtEachForward(model, monkeypatch)
+    monkeypatch.setattr("hf_geoscale.integrations.layer.GeoScaleLayer.refresh_if_stale", lambda self: None)
+    run.train()
+    assert fresh.stale == 6  # all but the first step's
+
+
+def test_an_interrupted_run_leaves_nothing_stale(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    model = tiny_model("llama")
+    with pytest.raises(KeyboardInterrupt):
+        trainer(model, tmp_path, GeoScaleCallback(every_n_steps=10), Stop(), learning_rate=1e-6).train()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(100)
+    model(tokens(1, 20))
+    assert sum(row["overflows"] for row in geometry_report(model).rows) == 0
+
+
+def test_another_callbacks_write_is_noticed_between_scheduled_refreshes(tmp_path):
+    class Write(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    model.model.layers[0].self_attn.v_proj.weight.mul_(100)
+
+    model = tiny_model("llama")
+    trainer(model, tmp_path, GeoScaleCallback(every_n_steps=10), Write(), learning_rate=1e-6).train()
+    assert sum(row["overflows"] for row in geometry_report(model).rows) == 0
+
+
+def test_an_overflow_is_a_warning(tmp_path, caplog, monkeypatch):
+    original = GeometryScaling.quant_scales
+    monkeypatch.setattr(
+        GeometryScaling, "quant_scales", lambda self, *x: (s := original(self, *x)) and replace(s, q=s.q * 100)
+    )
+    with caplog.at_level(logging.WARNING):
+        trainer(tiny_model("llama"), tmp_path, GeoScaleCallback(), steps=1).train()
+    assert "FP8 overflows so far" in caplog.text
 
 
 def test_gradient_accumulation_refreshes_once_a_step(tmp_path, refreshes):
@@ -96,7 +152,6 @@ def test_every_n_steps(tmp_path, refreshes):
     run.train()
     assert refreshes == [0, 6, 12, 14]
     assert geoscale_layers(model)[0].config.headroom == SCHEDULED_HEADROOM
-    assert not geoscale_layers(model)[0].scheduled
     assert sum(row["overflows"] for row in geometry_report(model).rows) == 0
 
 
@@ -123,16 +178,16 @@ def test_a_learning_rate_spike_overflows_nothing(tmp_path):
     assert [row["overflows"] for row in rows] == [0, 0]
 
 
-def test_resume_refreshes_after_the_checkpoint_was_loaded(tmp_path):
+def test_resume_refreshes_after_the_checkpoint_was_loaded(tmp_path, monkeypatch):
     model = tiny_model("llama")
     run = trainer(model, tmp_path, GeoScaleCallback(), save_strategy="steps", save_steps=2)
     run.train()
     finished = {n: p.clone() for n, p in model.named_parameters()}
     fresh = tiny_model("llama", seed=7)  # other weights, and scales of theirs
     again = trainer(fresh, tmp_path, GeoScaleCallback(), save_strategy="steps", save_steps=2)
-    check = FreshAtEachForward(fresh)
+    check = FreshAtEachForward(fresh, monkeypatch)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert check.seen == 4
+    assert (check.seen, check.stale) == (4, 0)
     assert all(torch.equal(p, finished[n]) for n, p in fresh.named_parameters())
     assert [e["loss"] for e in again.state.log_history if "loss" in e] == [
         e["loss"] for e in run.state.log_history if "loss" in e
@@ -154,7 +209,9 @@ def test_best_model_at_the_end_is_refreshed(tmp_path):
     run.train()
     assert run.state.best_model_checkpoint.endswith("-1")
     for layer in geoscale_layers(model):
-        assert layer.weights_version == layer.site.version()
+        torch.testing.assert_close(
+            layer.geometry.q_bound, operand_bound(layer.site.projections()[0]), rtol=1e-12, atol=0
+        )
 
 
 def test_attach_comes_before_reporters(tmp_path):
@@ -175,6 +232,7 @@ def test_a_patch_that_never_runs_is_a_warning(tmp_path, caplog):
     for block in model.model.layers:  # what some libraries do
         attention = block.self_attn
         attention.forward = lambda hidden_states, attention=attention, **kw: (attention.o_proj(hidden_states), None)
+    geoscale_layers(model)[0].calls = 5  # an evaluation before that
     with caplog.at_level(logging.WARNING):
         trainer(model, tmp_path, GeoScaleCallback(), steps=1).train()
     assert "layers [0, 1] are patched but their attention never ran" in caplog.text
@@ -207,6 +265,17 @@ class TestAdamStepBound:
         assert worst <= 1
         if gradients == "growing":
             assert worst > 0.9  # Kingma & Ba's constant, 3.2 against 7.3, would be exceeded
+
+    def test_decoupled_decay_of_adam(self):
+        weight = torch.nn.Parameter(torch.full((1,), 100.0))
+        try:
+            adam = torch.optim.Adam([weight], lr=0.01, weight_decay=1.0, decoupled_weight_decay=True)
+        except TypeError:
+            pytest.skip("this torch has no decoupled decay in Adam")
+        bound = adam_step_bound(adam, 100.0, 0.0)
+        weight.grad = torch.ones(1)
+        adam.step()
+        assert 1.0 < float(100 - weight.detach()) <= bound
 
     def test_other_optimizers_have_none(self):
         weight = torch.nn.Parameter(torch.ones(1))

@@ -102,6 +102,13 @@ class TestAgainstExact:
         assert {g.dtype for g in grads} == {torch.bfloat16}
 
 
+def test_second_derivatives_are_refused():
+    q, k, v = draw(rows=8)
+    out = fp8_attention(q, k, v, **scales(q, k, v))
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
 def test_high_precision_is_better():
     q, k, v = draw(rows=128)
     q, k = 4 * q.detach(), 4 * k.detach()  # logits of some size, so that the rounding of k matters
