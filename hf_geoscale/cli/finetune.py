@@ -24,7 +24,7 @@ from ..integrations import GeoScaleCallback, geometry_report, patch_model
 from ..integrations.callback import SCHEDULED_HEADROOM
 from .loading import load, read_text, token_blocks
 from .progress import StepProgress
-from .results import RunMetrics, print_summary, write_results
+from .results import RunMetrics, check_comparable, print_summary, write_results
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,15 @@ def check_output(settings: Settings, output: Path, resume: bool, overwrite: bool
     """Refuse to touch an earlier run that nobody asked to resume or replace.
 
     Raises:
-        ValueError: an earlier run is there and neither --resume nor --overwrite was given, or it had other settings.
+        ValueError: something else is in the folder; or an earlier run, and neither --resume nor --overwrite was given, or it
+            had other settings.
     """
     record = output / "settings.json"
-    if not record.exists() or (overwrite and not resume):
+    if not record.exists():
+        if output.exists() and any(output.iterdir()):
+            raise ValueError(f"{output} is not empty and holds no run of ours; choose another folder")
+        return
+    if overwrite and not resume:
         return
     if not resume:
         raise ValueError(f"{output} holds an earlier run; add --resume to go on with it or --overwrite to replace it")
@@ -160,9 +165,14 @@ def finetune_model(
     """Fine-tune, evaluate before and after on held-out text, write metrics, plot, card and model into `output`.
 
     Raises:
-        ValueError, OSError: unusable settings, model, text or output folder; each says what to do.
+        ValueError, OSError: unusable settings, model, text, baseline or output folder; each says what to do.
+        ImportError: the plot extra is missing.
     """
+    import matplotlib  # noqa: F401  the plot needs it (extra: plot); say so before training, not after
+
     compared = None if baseline is None else RunMetrics.read(baseline)
+    if compared is not None:
+        check_comparable(asdict(settings), compared.settings)
     check_output(settings, output, resume, overwrite)
     logging.set_verbosity_error()
     trainer = build_trainer(settings, output, save_steps, console)
@@ -174,8 +184,8 @@ def finetune_model(
     after = trainer.evaluate()["eval_loss"]
     report = geometry_report(trainer.model) if settings.scaling == "geometry" else None
     metrics = RunMetrics.collect(asdict(settings), trainer.state.log_history, before, after, report)
-    write_results(metrics, compared, output)
     if save_model:
         trainer.save_model(str(output / "model"))
+    write_results(metrics, compared, output)
     print_summary(metrics, compared, output, console)
     return metrics

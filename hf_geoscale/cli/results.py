@@ -84,14 +84,19 @@ class RunMetrics:
         return max((entry.get("geoscale/utilisation", 0.0) for entry in self.steps), default=0.0)
 
 
-def loss_gap(run: RunMetrics, baseline: RunMetrics) -> dict[str, float]:
-    """Differences run − baseline in nats per token: largest and mean over steps, last quarter's mean, held-out text.
+TREATMENT = {"scaling", "precision", "every_n_steps", "dtype"}
+"""Settings in which a run may differ from its baseline; everything else must be equal for losses to be comparable."""
 
-    Raises:
-        ValueError: the runs do not share their steps.
-    """
-    if len(run.losses) != len(baseline.losses):
-        raise ValueError(f"runs of {len(run.losses)} and {len(baseline.losses)} steps cannot be compared step by step")
+
+def check_comparable(settings: dict, baseline: dict) -> None:
+    """Raise ValueError, naming the settings, unless two runs saw the same data in the same order."""
+    other = {k: (baseline.get(k), v) for k, v in settings.items() if k not in TREATMENT and baseline.get(k) != v}
+    if other:
+        raise ValueError(f"the baseline had other settings, (baseline, this run): {other}")
+
+
+def loss_gap(run: RunMetrics, baseline: RunMetrics) -> dict[str, float]:
+    """Differences run − baseline in nats per token: largest and mean over steps, last quarter's mean, held-out text."""
     gaps = [a - b for a, b in zip(run.losses, baseline.losses, strict=True)]
     return {
         "largest |gap| of a step": max(map(abs, gaps)),
@@ -111,7 +116,7 @@ def _label(run: RunMetrics) -> str:
 
 
 def _plot(metrics: RunMetrics, baseline: RunMetrics | None, path: Path) -> None:
-    import matplotlib  # extra: plot
+    import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -160,7 +165,7 @@ def _card(metrics: RunMetrics, baseline: RunMetrics | None) -> str:
 
 
 def write_results(metrics: RunMetrics, baseline: RunMetrics | None, output: Path) -> None:
-    """metrics.json, metrics.csv, loss.png (with matplotlib) and README.md (the model card) in `output`."""
+    """metrics.json, metrics.csv, loss.png and README.md (the model card) in `output`."""
     (output / "metrics.json").write_text(json.dumps(asdict(metrics), indent=1) + "\n")
     columns = sorted(
         {key for entry in metrics.steps for key in entry}, key=lambda key: (key != "step", key != "loss", key)

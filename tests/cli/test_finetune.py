@@ -95,6 +95,39 @@ class TestRefusals:
         assert "--overwrite" in result.output
         assert (runs[0] / "none" / "metrics.json").read_bytes() == before
 
+    def test_a_folder_of_something_else_is_left_alone(self, tiny_folder, text_file, tmp_path):
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "precious").write_text("mine")
+        for extra in ((), ("--overwrite",), ("--resume",)):
+            result = run("finetune", tiny_folder, "--text", text_file, "--output", tmp_path, *QUICK, *extra)
+            assert result.exit_code == 1
+            assert "not empty" in result.output
+        assert [p.name for p in tmp_path.rglob("*")] == ["model", "precious"]
+
+    def test_overwrite_replaces_a_run(self, tiny_folder, text_file, tmp_path):
+        for seed in (0, 1):
+            arguments = ("--text", text_file, "--output", tmp_path, "--seed", seed, "--overwrite", "--save-steps", 3)
+            result = run("finetune", tiny_folder, *arguments, *QUICK)
+            assert result.exit_code == 0, result.output
+        assert RunMetrics.read(tmp_path).settings["seed"] == 1
+
+    def test_a_baseline_of_other_data(self, runs, tiny_folder, text_file, tmp_path):
+        arguments = (
+            "--text",
+            text_file,
+            "--output",
+            tmp_path / "out",
+            "--baseline",
+            runs[0] / "none",
+            *QUICK,
+            "--seed",
+            3,
+        )
+        result = run("finetune", tiny_folder, *arguments)
+        assert result.exit_code == 1
+        assert "'seed': (0, 3)" in result.output
+        assert not (tmp_path / "out").exists()
+
     def test_resuming_with_other_settings(self, runs, tiny_folder, text_file):
         out = runs[0] / "geometry"
         result = run("finetune", tiny_folder, "--text", text_file, "--output", out, *QUICK, "--seed", 5, "--resume")
