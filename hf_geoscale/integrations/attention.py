@@ -38,7 +38,7 @@ def _visibility(mask: Tensor | None, batch: int, length: int, causal: bool, wind
     """What the mask of a self-attention call means, or None when ranges cannot express it."""
     if mask is None:
         return Visibility(length, length, causal, window if causal else None)
-    if mask.dtype == torch.int32:  # key ranges of `geoscale_mask`, (B, 1, L, 2)
+    if mask.dtype == torch.int32 and mask.shape[2:] == (length, 2):  # key ranges of `geoscale_mask`
         key_range: Tensor | None = mask[:, 0]
     elif mask.dim() == 4 and mask.shape[2:] == (length, length):
         key_range = key_range_of_mask(mask)

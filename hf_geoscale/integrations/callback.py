@@ -138,7 +138,7 @@ class GeoScaleCallback(TrainerCallback):
         overflows = sum(layer.statistics.overflows for layer in self.layers)
         metrics = {
             "geoscale/overflows": overflows,
-            "geoscale/sigma_drift": max(layer.sigma_drift for layer in self.layers),
+            "geoscale/sigma_drift": max(float(layer.sigma_drift) for layer in self.layers),
             "geoscale/refresh_seconds": round(self.seconds, 6),
         }
         if used:

@@ -50,7 +50,7 @@ class GeoScaleLayer(PatchedLayer):
         self.scaling = GeometryScaling(config.headroom)
         self.geometry: LayerGeometry | None = None
         self.weights_version: tuple | None = None
-        self.sigma_drift = 0.0  # largest relative change of sigma_lower at the last refresh
+        self.sigma_drift = torch.zeros(())  # largest relative change of sigma_lower at the last refresh
         self.statistics = AttentionStatistics(config.observe_logits)
         self.observed: dict[str, Tensor] = {}  # operand → (H,), largest entry / certificate since the last refresh
         self.interval_utilisation: Tensor | None = None  # () since the last `drain_utilisation`
@@ -73,8 +73,7 @@ class GeoScaleLayer(PatchedLayer):
         self.observed, self.statistics.logit_amax = {}, None
         if self.geometry is not None:
             old = self.geometry.sigma_lower.to(geometry.sigma_lower.device)
-            change = (geometry.sigma_lower / old.clamp_min(torch.finfo(old.dtype).tiny) - 1).abs()
-            self.sigma_drift = float(change.amax())
+            self.sigma_drift = (geometry.sigma_lower / old.clamp_min(torch.finfo(old.dtype).tiny) - 1).abs().amax()
         self.scaling.refresh(geometry)
         self.geometry, self.weights_version = geometry, version
 
