@@ -16,7 +16,7 @@ class GeoScaleConfig:
     Args:
         bound: what the scales rest on. "certified": the weights' own certificate, which no input exceeds.
         headroom: factor ≥ 1 that scales leave above the certificates, for weights that move between refreshes.
-            Costs next to nothing in accuracy up to 64 (docs/numerics.md).
+            Costs next to nothing in accuracy up to 64 (docs/model_error.md).
         incoherent: mix q and k by a Hadamard matrix before quantising; halves their error.
         precision: "high" keeps k as two FP8 terms (one more QKᵀ product, about a third of the error).
         backend: "reference" is plain PyTorch on any device; "auto" takes the fastest this release has, the reference.

@@ -15,7 +15,7 @@ from .patching import geoscale_layers, patch_model, patched_layers, refresh_scal
 logger = logging.getLogger(__name__)
 
 SCHEDULED_HEADROOM = 4.0
-"""Headroom the callback patches with when it refreshes every N > 1 steps; accuracy is the same up to 64 (docs/numerics.md)."""
+"""Headroom the callback patches with when it refreshes every N > 1 steps; accuracy is the same up to 64 (docs/model_error.md)."""
 
 
 def adam_step_bound(optimizer, weight_amax: float, weight_epsilon: float) -> float | None:

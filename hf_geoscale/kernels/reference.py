@@ -1,7 +1,7 @@
 """FP8 attention, forward and backward, in plain PyTorch: the specification of the fused kernels, and the CPU default.
 
 FP8 values are real FP8 tensors; they are multiplied as float32, which is exact, so only the order of accumulation is open.
-Work goes by blocks of `ROW_BLOCK` query rows: memory is linear in the sequence length. A group's query heads are folded
+Work goes by blocks of `visibility.ROW_BLOCK` query rows: memory is linear in the sequence length. A group's query heads are folded
 into the rows of its key/value head (G·R rows), so keys are never repeated. Rounding points, in order:
 
 forward   q, k ← Hadamard (float32) · quant_scale → E4M3;  v · quant_scale → E4M3
@@ -21,7 +21,7 @@ from ..scaling.formats import E4M3, count_overflow, saturating_cast
 from .hadamard import hadamard
 from .philox import dropout_keep
 from .statistics import AttentionStatistics
-from .visibility import ROW_BLOCK, Visibility
+from .visibility import Visibility
 
 PROBABILITY_QUANT_SCALE = 256.0
 """P̃ ≤ 1 is stored as 256·P̃: the largest power of two below 448, so probabilities down to 2⁻¹⁷ survive E4M3."""
@@ -239,4 +239,4 @@ def backward(
     return dq, dk, dv
 
 
-__all__ = ["ROW_BLOCK", "Operands", "Options", "backward", "forward", "quantize", "quantize_output_gradient"]
+__all__ = ["Operands", "Options", "backward", "forward", "quantize", "quantize_output_gradient"]

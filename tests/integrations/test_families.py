@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_geoscale.integrations.attention as attention_module
 from hf_geoscale import geometry_report, patch_model, unpatch_model
-from hf_geoscale.geometry import entry_bound
+from hf_geoscale.geometry import entry_bound, gram, sigma_upper
 from hf_geoscale.geometry.certificates import ROUNDING_MARGIN
 from hf_geoscale.integrations import geoscale_layers
 
@@ -260,6 +260,10 @@ def test_certificates_survive_shifts_that_cancel(how):
     row = geometry_report(model).rows[0]
     assert row["overflows"] == 0
     assert 0 < row["utilisation"] <= 1
+    query = geoscale_layers(model)[0].site.projections()[0]
+    exact = 64**0.5 * sigma_upper(gram(query.matrix())) + query.offset().norm(dim=-1)
+    beyond = max(row["q_amax"]) > float(exact.amax()) * (1 + ROUNDING_MARGIN)
+    assert beyond == (how != "float32")  # only the terms for a shift that cancels keep the certificate
 
 
 def test_gpt2_trains_with_its_default_dropout():
