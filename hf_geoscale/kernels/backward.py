@@ -1,0 +1,426 @@
+"""Triton backward kernels, deterministic: one for dQ, one for dK and dV. P̃ is recomputed from the forward's own operands.
+
+Seven products in two kernels rather than five in one: accumulating dQ across key blocks would need atomics or a serial order.
+Both products that read registers (dV, dK) are issued together at the end of a tile: a register operand written while another
+product is in flight makes the compiler serialise every matrix instruction (ptxas C7513).
+"""
+
+import triton
+import triton.language as tl
+
+from .forward import logit_factor
+from .tile import RESIDUAL_GAIN, contraction_order, dropout_keep, key_span, mix, row_bounds
+
+
+@triton.jit
+def query_tile(
+    dq,  # (BM, DP)
+    dq_residual,  # (BM, DP), with HIGH
+    ds_max,  # (BM,) of |dS8|, with COUNT
+    q,
+    grad,
+    d_k,
+    d_k_columns,
+    d_residual,
+    d_residual_columns,
+    d_v,
+    i_key_row,
+    i_column_row,
+    start_key,
+    factor,
+    shift,
+    row_factor,
+    row_delta,
+    first,
+    last,
+    seed,
+    threshold,
+    i_head,
+    start_row,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HIGH: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    COUNT: tl.constexpr,
+    MASKED: tl.constexpr,
+    LOWER: tl.constexpr,
+):
+    k = d_k.load([i_key_row + start_key, 0])
+    v = d_v.load([i_key_row + start_key, 0])
+    s = tl.dot(q, k.T)
+    if HIGH:
+        residual = d_residual.load([i_key_row + start_key, 0])
+        s += tl.dot(q, residual.T) * (1 / RESIDUAL_GAIN)
+    dp = tl.dot(grad, v.T)
+    s_log2 = s * factor - shift[:, None]
+    if MASKED:
+        keys = start_key + tl.arange(0, BN)
+        visible = keys[None, :] < last[:, None]
+        if LOWER:
+            visible &= keys[None, :] >= first[:, None]
+        s_log2 = tl.where(visible, s_log2, -float("inf"))
+    p = tl.exp2(s_log2)
+    if DROPOUT:
+        dp = tl.where(dropout_keep(seed, threshold, i_head, start_row, start_key, BM, BN, False), dp, 0.0)
+    ds = p * (dp * row_factor[:, None] - row_delta[:, None])
+    if COUNT:
+        ds_max = tl.maximum(ds_max, tl.max(tl.abs(ds), 1))
+    ds8 = contraction_order(ds.to(tl.float8e4nv), BM, BN)  # |ds| ≤ 448 by its bound
+    k_columns = d_k_columns.load([i_column_row, start_key])
+    dq = tl.dot(ds8, k_columns.T, dq)
+    if HIGH:
+        residual_columns = d_residual_columns.load([i_column_row, start_key])
+        dq_residual = tl.dot(ds8, residual_columns.T, dq_residual)
+    return dq, dq_residual, ds_max
+
+
+@triton.jit
+def query_gradient_kernel(
+    d_q,  # descriptors: (B·Hq·Lq, D) E4M3
+    d_k,  # (B·Hkv·Lk, D)
+    d_k_columns,  # (B·Hkv·D, Lp)
+    d_residual,  # (B·Hkv·Lk, D)
+    d_residual_columns,  # (B·Hkv·D, Lp)
+    d_v,  # (B·Hkv·Lk, D)
+    d_grad,  # (B·Hq·Lq, D): dO′8
+    p_q_quant_scale,
+    p_k_quant_scale,
+    p_v_quant_scale,
+    p_range,
+    p_seed,
+    p_shift,
+    p_row_factor,
+    p_row_delta,
+    p_group,  # (B, Hq, groups, 4)
+    p_dq,  # (B, Hq, Lq, D), strides dq_*
+    p_overflow,  # (1,) int64
+    dq_b,
+    dq_h,
+    dq_l,
+    n_heads,
+    n_kv_heads,
+    n_queries,
+    n_keys,
+    n_groups,
+    window,
+    softmax_scale,
+    survival,
+    threshold,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    MIX: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RANGES: tl.constexpr,
+    HIGH: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    COUNT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    LOWER: tl.constexpr = WINDOW or RANGES
+    start_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    i_head = tl.program_id(1)
+    batch, head = i_head // n_heads, i_head % n_heads
+    kv_head = head // (n_heads // n_kv_heads)
+    i_kv = batch * n_kv_heads + kv_head
+    i_key_row, i_column_row = i_kv * n_keys, i_kv * D
+    factor = logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale)
+    seed = tl.load(p_seed) if DROPOUT else 0
+    rows = start_row + tl.arange(0, BM)
+    valid = rows < n_queries
+    first, last = row_bounds(rows, batch, p_range, n_queries, n_keys, window, CAUSAL, WINDOW, RANGES)
+    start, full_start, full_stop, stop = key_span(
+        rows, first, last, start_row, n_queries, n_keys, window, BN, BM, CAUSAL, WINDOW, RANGES
+    )
+    q = d_q.load([i_head * n_queries + start_row, 0])
+    grad = d_grad.load([i_head * n_queries + start_row, 0])
+    i_rows = i_head.to(tl.int64) * n_queries + rows
+    shift = tl.load(p_shift + i_rows, mask=valid, other=0.0)
+    unit_factor = tl.load(p_row_factor + i_rows, mask=valid, other=1.0)
+    row_factor = unit_factor / survival if DROPOUT else unit_factor
+    row_delta = tl.load(p_row_delta + i_rows, mask=valid, other=0.0)
+    dq = tl.zeros((BM, DP), tl.float32)
+    dq_residual = tl.zeros((BM, DP), tl.float32)
+    ds_max = tl.zeros((BM,), tl.float32)
+    if LOWER:
+        for start_key in tl.range(start, full_start, BN, num_stages=STAGES):
+            dq, dq_residual, ds_max = query_tile(
+                dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row,
+                i_column_row, start_key, factor, shift, row_factor, row_delta, first, last, seed, threshold, i_head,
+                start_row, BM, BN, HIGH, DROPOUT, COUNT, True, True,
+            )  # fmt: skip
+    for start_key in tl.range(full_start, full_stop, BN, num_stages=STAGES):
+        dq, dq_residual, ds_max = query_tile(
+            dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row,
+            i_column_row, start_key, factor, shift, row_factor, row_delta, first, last, seed, threshold, i_head,
+            start_row, BM, BN, HIGH, DROPOUT, COUNT, False, LOWER,
+        )  # fmt: skip
+    for start_key in tl.range(full_stop, stop, BN, num_stages=STAGES):
+        dq, dq_residual, ds_max = query_tile(
+            dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row,
+            i_column_row, start_key, factor, shift, row_factor, row_delta, first, last, seed, threshold, i_head,
+            start_row, BM, BN, HIGH, DROPOUT, COUNT, True, LOWER,
+        )  # fmt: skip
+    if HIGH:
+        dq += dq_residual * (1 / RESIDUAL_GAIN)
+    i_group = i_head * n_groups + start_row // GROUP
+    grad_descale = tl.load(p_group + i_group * 4 + 3)
+    descale = tl.load(p_k_quant_scale + kv_head) * tl.load(p_v_quant_scale + kv_head)
+    dq *= (softmax_scale * grad_descale / (256 * descale * unit_factor))[:, None]
+    if MIX:
+        dq = mix(dq.to(tl.bfloat16), BM, DP, MIX)
+    dims = tl.arange(0, DP)
+    p_tile = p_dq + batch.to(tl.int64) * dq_b + head.to(tl.int64) * dq_h
+    p_tile += rows[:, None].to(tl.int64) * dq_l + dims[None, :]
+    tl.store(p_tile, dq.to(p_dq.dtype.element_ty), mask=valid[:, None] & (dims[None, :] < D))
+    if COUNT:
+        over = tl.sum(tl.where(valid & ~(ds_max <= 448.0), 1, 0))
+        if over > 0:
+            tl.atomic_add(p_overflow, over.to(tl.int64))
+
+
+@triton.jit
+def key_tile(
+    dk,  # (BN, DP)
+    dv,  # (BN, DP)
+    k,
+    residual,
+    v,
+    d_q,
+    d_q_columns,
+    d_grad,
+    d_grad_columns,
+    d_shift,
+    d_delta,
+    i_query_row,
+    i_padded_row,
+    i_column_row,
+    start_row,
+    start_key,
+    factor,
+    group_factor,
+    batch,
+    p_range,
+    n_queries,
+    n_keys,
+    window,
+    seed,
+    threshold,
+    i_head,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RANGES: tl.constexpr,
+    HIGH: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    q = d_q.load([i_query_row + start_row, 0])
+    grad = d_grad.load([i_query_row + start_row, 0])
+    s = tl.dot(k, q.T)  # transposed: (BN, BM)
+    if HIGH:
+        s += tl.dot(residual, q.T) * (1 / RESIDUAL_GAIN)
+    dp = tl.dot(v, grad.T)
+    shift = d_shift.load([i_padded_row + start_row])
+    s_log2 = s * factor - shift[None, :]
+    if MASKED:
+        rows, keys = start_row + tl.arange(0, BM), start_key + tl.arange(0, BN)
+        first, last = row_bounds(rows, batch, p_range, n_queries, n_keys, window, CAUSAL, WINDOW, RANGES)
+        visible = keys[:, None] < last[None, :]
+        if WINDOW or RANGES:
+            visible &= keys[:, None] >= first[None, :]
+        s_log2 = tl.where(visible, s_log2, -float("inf"))
+    p = tl.exp2(s_log2)
+    delta = d_delta.load([i_padded_row + start_row])
+    if DROPOUT:
+        keep = dropout_keep(seed, threshold, i_head, start_row, start_key, BM, BN, True)
+        ds = p * (tl.where(keep, dp, 0.0) * group_factor - delta[None, :])
+        p = tl.where(keep, p, 0.0)
+    else:
+        ds = p * (dp * group_factor - delta[None, :])
+    p8 = contraction_order(p.to(tl.float8e4nv), BN, BM)
+    ds8 = contraction_order(ds.to(tl.float8e4nv), BN, BM)
+    grad_columns = d_grad_columns.load([i_column_row, start_row])
+    q_columns = d_q_columns.load([i_column_row, start_row])
+    dv = tl.dot(p8, grad_columns.T, dv)
+    dk = tl.dot(ds8, q_columns.T, dk)
+    return dk, dv
+
+
+@triton.jit
+def query_span(
+    start_key,
+    n_queries,
+    n_keys,
+    window,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Row tiles that see a block of keys: masked [start, full_start), unmasked [full_start, full_stop), masked [full_stop, stop)."""
+    offset = n_keys - n_queries
+    stop_key = tl.minimum(start_key + KEYS, n_keys)
+    seen_from, all_from, seen_to = 0, 0, n_queries
+    all_to = tl.cdiv(n_queries, ROWS) * ROWS  # rows beyond the last have P̃ = 0 without a mask
+    if CAUSAL:
+        seen_from = tl.minimum(tl.maximum(start_key - offset, 0), n_queries)
+        all_from = tl.maximum(stop_key - 1 - offset, 0)
+    if WINDOW:
+        seen_to = tl.minimum(tl.maximum(stop_key - 1 + window - offset, 0), n_queries)
+        all_to = tl.minimum(tl.maximum(start_key + window - offset, 0), n_queries)
+    start = seen_from // ROWS * ROWS
+    stop = tl.maximum(seen_to, start)
+    tiles_stop = tl.cdiv(stop, ROWS) * ROWS
+    full_start = tl.maximum(tl.minimum(tl.cdiv(all_from, ROWS) * ROWS, tiles_stop), start)
+    full_stop = tl.minimum(tl.maximum(all_to // ROWS * ROWS, full_start), tiles_stop)
+    return start, full_start, full_stop, stop
+
+
+@triton.jit
+def query_span_kernel(
+    p_range,  # (B, Lq, 2)
+    p_span,  # (B, key blocks, 4)
+    n_queries,
+    n_keys,
+    n_blocks,
+    window,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """`query_span` for arbitrary ranges of keys per row: the longest first run of fully visible row tiles is unmasked."""
+    block, batch = tl.program_id(0), tl.program_id(1)
+    start_key = block * KEYS
+    stop_key = tl.minimum(start_key + KEYS, n_keys)
+    start, full_start, full_stop, stop = n_queries, n_queries, n_queries, 0
+    for start_row in range(0, n_queries, ROWS):
+        rows = start_row + tl.arange(0, ROWS)
+        first, last = row_bounds(rows, batch, p_range, n_queries, n_keys, window, CAUSAL, WINDOW, True)
+        some = tl.max(((first < stop_key) & (last > start_key) & (first < last)).to(tl.int32))
+        every = tl.min(((first <= start_key) & (last >= stop_key)).to(tl.int32))
+        start = tl.where((some == 1) & (start == n_queries), start_row, start)
+        stop = tl.where(some == 1, start_row + ROWS, stop)
+        full_start = tl.where((every == 1) & (full_start == n_queries), start_row, full_start)
+        ended = (every == 0) & (full_start < n_queries) & (full_stop == n_queries)
+        full_stop = tl.where(ended, start_row, full_stop)
+    stop = tl.maximum(tl.minimum(stop, n_queries), start)
+    full_start = tl.minimum(full_start, tl.cdiv(stop, ROWS) * ROWS)
+    full_stop = tl.maximum(tl.minimum(full_stop, n_queries // ROWS * ROWS), full_start)
+    p_block = p_span + (batch * n_blocks + block) * 4
+    tl.store(p_block, start)
+    tl.store(p_block + 1, full_start)
+    tl.store(p_block + 2, full_stop)
+    tl.store(p_block + 3, stop)
+
+
+@triton.jit
+def key_gradient_kernel(
+    d_q,  # descriptors: (B·Hq·Lq, D) E4M3
+    d_q_columns,  # (B·Hq·D, Lp)
+    d_k,  # (B·Hkv·Lk, D)
+    d_residual,  # (B·Hkv·Lk, D)
+    d_v,  # (B·Hkv·Lk, D)
+    d_grad,  # (B·Hq·Lq, D): dO′8
+    d_grad_columns,  # (B·Hq·D, Lp)
+    d_shift,  # (B·Hq·Lp,)
+    d_delta,  # (B·Hq·Lp,)
+    p_q_quant_scale,
+    p_k_quant_scale,
+    p_range,
+    p_span,  # (B, key blocks, 4), with RANGES
+    p_seed,
+    p_group,  # (B, Hq, groups, 4)
+    p_dk,  # (B, Hkv, Lk, D), strides dk_*
+    p_dv,  # same strides
+    dk_b,
+    dk_h,
+    dk_l,
+    n_heads,
+    n_kv_heads,
+    n_queries,
+    n_keys,
+    n_padded,
+    n_groups,
+    window,
+    softmax_scale,
+    survival,
+    threshold,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    MIX: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RANGES: tl.constexpr,
+    TAIL: tl.constexpr,  # a masked row tile may follow the unmasked ones
+    HIGH: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    block, i_kv = tl.program_id(0), tl.program_id(1)
+    start_key = block * BN
+    batch, kv_head = i_kv // n_kv_heads, i_kv % n_kv_heads
+    seed = tl.load(p_seed) if DROPOUT else 0
+    if RANGES:
+        p_block = p_span + (batch * tl.num_programs(0) + block) * 4
+        start, full_start = tl.load(p_block), tl.load(p_block + 1)
+        full_stop, stop = tl.load(p_block + 2), tl.load(p_block + 3)
+    else:
+        start, full_start, full_stop, stop = query_span(start_key, n_queries, n_keys, window, BN, BM, CAUSAL, WINDOW)
+    k = d_k.load([i_kv * n_keys + start_key, 0])
+    v = d_v.load([i_kv * n_keys + start_key, 0])
+    residual = d_residual.load([i_kv * n_keys + start_key, 0]) if HIGH else k
+    dk = tl.zeros((BN, DP), tl.float32)
+    dv = tl.zeros((BN, DP), tl.float32)
+    dk_unit, dv_unit = 1.0, 1.0
+    heads_per_group = n_heads // n_kv_heads
+    for head in range(kv_head * heads_per_group, (kv_head + 1) * heads_per_group):
+        i_head = batch * n_heads + head
+        factor = logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale)
+        i_query_row, i_padded_row, i_column_row = i_head * n_queries, i_head * n_padded, i_head * D
+        for group in range(start // GROUP, tl.cdiv(stop, GROUP)):
+            # rows of one group share the scales of dO′8 and dS8, so the accumulators change units between groups only
+            p_scales = p_group + (i_head * n_groups + group) * 4
+            group_factor = tl.load(p_scales)
+            group_factor = group_factor / survival if DROPOUT else group_factor
+            new_dk_unit, new_dv_unit = tl.load(p_scales + 1), tl.load(p_scales + 2)
+            dk *= dk_unit / new_dk_unit
+            dv *= dv_unit / new_dv_unit
+            dk_unit, dv_unit = new_dk_unit, new_dv_unit
+            low, high = group * GROUP, (group + 1) * GROUP
+            for start_row in tl.range(tl.maximum(start, low), tl.minimum(full_start, high), BM, num_stages=STAGES):
+                dk, dv = key_tile(
+                    dk, dv, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns, d_shift, d_delta, i_query_row,
+                    i_padded_row, i_column_row, start_row, start_key, factor, group_factor, batch, p_range, n_queries, n_keys, window,
+                    seed, threshold, i_head, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, True,
+                )  # fmt: skip
+            for start_row in tl.range(tl.maximum(full_start, low), tl.minimum(full_stop, high), BM, num_stages=STAGES):
+                dk, dv = key_tile(
+                    dk, dv, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns, d_shift, d_delta, i_query_row,
+                    i_padded_row, i_column_row, start_row, start_key, factor, group_factor, batch, p_range, n_queries, n_keys, window,
+                    seed, threshold, i_head, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, False,
+                )  # fmt: skip
+            if TAIL:
+                for start_row in tl.range(tl.maximum(full_stop, low), tl.minimum(stop, high), BM, num_stages=STAGES):
+                    dk, dv = key_tile(
+                        dk, dv, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns, d_shift, d_delta,
+                        i_query_row, i_padded_row, i_column_row, start_row, start_key, factor, group_factor, batch,
+                        p_range, n_queries, n_keys, window, seed, threshold, i_head, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, True,
+                    )  # fmt: skip
+    dk *= dk_unit
+    dv *= dv_unit
+    if MIX:
+        dk = mix(dk.to(tl.bfloat16), BN, DP, MIX)
+    keys, dims = start_key + tl.arange(0, BN), tl.arange(0, DP)
+    inside = (keys[:, None] < n_keys) & (dims[None, :] < D)
+    i_tile = batch.to(tl.int64) * dk_b + kv_head.to(tl.int64) * dk_h + keys[:, None].to(tl.int64) * dk_l + dims[None, :]
+    tl.store(p_dk + i_tile, dk.to(p_dk.dtype.element_ty), mask=inside)
+    tl.store(p_dv + i_tile, dv.to(p_dv.dtype.element_ty), mask=inside)

@@ -1,0 +1,163 @@
+"""Triton forward kernel: one program per block of query rows and query head, online softmax over tiles of keys."""
+
+import triton
+import triton.language as tl
+
+from .tile import PROBABILITY_LOG2, RESIDUAL_GAIN, contraction_order, dropout_keep, key_span, row_bounds
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale):
+    """Base-2 logit of one unit of q8·k8: forward and backward must get the same bits from here."""
+    descale = 1 / (tl.load(p_q_quant_scale + head) * tl.load(p_k_quant_scale + kv_head))
+    return descale * (softmax_scale * LOG2_E)
+
+
+@triton.jit
+def attend_tile(
+    acc,  # (BM, DP)
+    row_sum,  # (BM,)
+    row_max,  # (BM,) of q8·k8, not yet scaled
+    logit_max,  # (BM,) of |q8·k8|, with OBSERVE
+    q,
+    d_k,
+    d_residual,
+    d_v,
+    i_key_row,
+    i_value_row,
+    start_key,
+    factor,
+    first,
+    last,
+    seed,
+    threshold,
+    i_head,
+    start_row,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HIGH: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    OBSERVE: tl.constexpr,
+    MASKED: tl.constexpr,
+    LOWER: tl.constexpr,
+):
+    k = d_k.load([i_key_row + start_key, 0])
+    s = tl.dot(q, k.T)
+    if HIGH:
+        residual = d_residual.load([i_key_row + start_key, 0])
+        s += tl.dot(q, residual.T) * (1 / RESIDUAL_GAIN)
+    if MASKED:
+        keys = start_key + tl.arange(0, BN)
+        visible = keys[None, :] < last[:, None]
+        if LOWER:
+            visible &= keys[None, :] >= first[:, None]
+        if OBSERVE:
+            logit_max = tl.maximum(logit_max, tl.max(tl.where(visible, tl.abs(s), 0.0), 1))
+        s = tl.where(visible, s, -float("inf"))
+    elif OBSERVE:
+        logit_max = tl.maximum(logit_max, tl.max(tl.abs(s), 1))
+    new_max = tl.maximum(row_max, tl.max(s, 1))
+    if MASKED:  # a row that has seen no key yet: any finite shift gives p = 0
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+    else:
+        shift = new_max
+    p = tl.exp2(s * factor - (shift * factor - PROBABILITY_LOG2)[:, None])
+    rescale = tl.exp2((row_max - shift) * factor)
+    row_sum = row_sum * rescale + tl.sum(p, 1)
+    acc = acc * rescale[:, None]
+    if DROPOUT:
+        p = tl.where(dropout_keep(seed, threshold, i_head, start_row, start_key, BM, BN, False), p, 0.0)
+    p8 = contraction_order(p.to(tl.float8e4nv), BM, BN)  # p ≤ 256
+    v = d_v.load([i_value_row, start_key])
+    acc = tl.dot(p8, v.T, acc)
+    return acc, row_sum, new_max, logit_max
+
+
+@triton.jit
+def forward_kernel(
+    d_q,  # descriptors: (B·Hq·Lq, D) E4M3
+    d_k,  # (B·Hkv·Lk, D)
+    d_residual,  # (B·Hkv·Lk, D)
+    d_v,  # (B·Hkv·D, Lp)
+    p_q_quant_scale,
+    p_k_quant_scale,
+    p_v_quant_scale,
+    p_range,  # (B, Lq, 2) int32
+    p_seed,  # (1,) int64
+    p_out,  # (B, Hq, Lq, D), strides out_*
+    p_shift,  # (B, Hq, Lq): row maximum of the base-2 logits, less 8
+    p_row_sum,  # (B, Hq, Lq): Σ P̃
+    p_logit_max,  # (Hq,)
+    out_b,
+    out_h,
+    out_l,
+    n_heads,
+    n_kv_heads,
+    n_queries,
+    n_keys,
+    window,
+    softmax_scale,
+    survival,
+    threshold,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RANGES: tl.constexpr,
+    HIGH: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    OBSERVE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    LOWER: tl.constexpr = WINDOW or RANGES
+    start_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # heaviest causal rows first
+    i_head = tl.program_id(1)
+    batch, head = i_head // n_heads, i_head % n_heads
+    kv_head = head // (n_heads // n_kv_heads)
+    i_kv = batch * n_kv_heads + kv_head
+    i_key_row, i_value_row = i_kv * n_keys, i_kv * D
+    factor = logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale)
+    seed = tl.load(p_seed) if DROPOUT else 0
+    rows = start_row + tl.arange(0, BM)
+    first, last = row_bounds(rows, batch, p_range, n_queries, n_keys, window, CAUSAL, WINDOW, RANGES)
+    start, full_start, full_stop, stop = key_span(
+        rows, first, last, start_row, n_queries, n_keys, window, BN, BM, CAUSAL, WINDOW, RANGES
+    )
+    q = d_q.load([i_head * n_queries + start_row, 0])
+    acc = tl.zeros((BM, DP), tl.float32)
+    row_sum = tl.zeros((BM,), tl.float32)
+    row_max = tl.full((BM,), -float("inf"), tl.float32)
+    logit_max = tl.zeros((BM,), tl.float32)
+    if LOWER:
+        for start_key in tl.range(start, full_start, BN, num_stages=STAGES):
+            acc, row_sum, row_max, logit_max = attend_tile(
+                acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor,
+                first, last, seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, True, True,
+            )  # fmt: skip
+    for start_key in tl.range(full_start, full_stop, BN, num_stages=STAGES):
+        acc, row_sum, row_max, logit_max = attend_tile(
+            acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor,
+            first, last, seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, False, LOWER,
+        )  # fmt: skip
+    for start_key in tl.range(full_stop, stop, BN, num_stages=STAGES):
+        acc, row_sum, row_max, logit_max = attend_tile(
+            acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor,
+            first, last, seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, True, LOWER,
+        )  # fmt: skip
+    # acc and row_sum both carry the factor 256 of P̃
+    seen = row_sum > 0
+    acc *= tl.where(seen, 1 / (row_sum * (tl.load(p_v_quant_scale + kv_head) * survival)), 0.0)[:, None]
+    dims = tl.arange(0, DP)
+    valid = rows < n_queries
+    p_tile = p_out + batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h
+    p_tile += rows[:, None].to(tl.int64) * out_l + dims[None, :]
+    tl.store(p_tile, acc.to(p_out.dtype.element_ty), mask=valid[:, None] & (dims[None, :] < D))
+    i_rows = i_head.to(tl.int64) * n_queries + rows
+    tl.store(p_shift + i_rows, tl.where(seen, row_max * factor, 0.0) - PROBABILITY_LOG2, mask=valid)
+    tl.store(p_row_sum + i_rows, row_sum * (1 / 256), mask=valid)
+    if OBSERVE:
+        tl.atomic_max(p_logit_max + head, tl.max(tl.where(valid, logit_max, 0.0)) * (factor / LOG2_E))

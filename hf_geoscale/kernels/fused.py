@@ -1,0 +1,287 @@
+"""The fused backend: launches of the Triton kernels, as custom ops that autograd and torch.compile understand."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .backward import key_gradient_kernel, query_gradient_kernel, query_span_kernel
+from .forward import forward_kernel
+from .hadamard import hadamard_block
+from .quantize import gradient_range_kernel, quantize_gradient_kernel, quantize_kernel, transpose_kernel
+from .tiles import SEQUENCE_PADDING, padded_head_dim, tiles_for
+
+QUANTIZE_ROWS = 64
+"""Rows of one program of the quantising kernels; divides SEQUENCE_PADDING and GRADIENT_ROWS."""
+
+GRADIENT_ROWS = 2048
+"""Query rows that share the scale of dO′8, and of dS8 in dK."""
+
+
+def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """View x as (…, last dimension) for tile loads of (rows, columns); what lies outside reads as zero."""
+    flat = x.view(-1, x.shape[-1])
+    return TensorDescriptor.from_tensor(flat, [rows, columns])
+
+
+def _padded(length: int) -> int:
+    return triton.cdiv(length, SEQUENCE_PADDING) * SEQUENCE_PADDING
+
+
+def _like_heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Empty (B, H, L, D) over (B, L, H, D) memory: the layout Transformers works in, so that no copy follows."""
+    batch, heads, length, dim = x.shape
+    return torch.empty(batch, length, heads, dim, dtype=dtype, device=x.device).transpose(1, 2)
+
+
+def _mix_width(dim: int, incoherent: bool) -> int:
+    return hadamard_block(dim) if incoherent and hadamard_block(dim) > 1 else 0
+
+
+def _quantize(x: Tensor, quant_scale: Tensor, mix: int, counters, rows, columns, residual, norm) -> None:
+    """Launch the quantising kernel for the outputs that are given (not None)."""
+    batch, heads, length, dim = x.shape
+    padded = _padded(length)
+    grid = (triton.cdiv(padded if columns is not None else length, QUANTIZE_ROWS), batch * heads)
+    amax, overflow = counters if counters is not None else (None, None)
+    quantize_kernel[grid](
+        x, quant_scale, rows, columns, residual, norm, amax, overflow, *x.stride(), heads, length, padded,
+        D=dim, DP=padded_head_dim(dim), MIX=mix, ROWS=rows is not None, COLUMNS=columns is not None,
+        RESIDUAL=residual is not None, COUNT=counters is not None, BLOCK=QUANTIZE_ROWS,
+    )  # fmt: skip
+
+
+def _to_columns(rows: Tensor) -> Tensor:
+    """(B, H, L, D) → (B, H, D, Lp) in contraction order."""
+    batch, heads, length, dim = rows.shape
+    padded = _padded(length)
+    columns = torch.empty(batch, heads, dim, padded, dtype=rows.dtype, device=rows.device)
+    grid = (padded // QUANTIZE_ROWS, batch * heads)
+    transpose_kernel[grid](rows, columns, length, padded, dim, padded_head_dim(dim), True, QUANTIZE_ROWS)
+    return columns
+
+
+def _to_rows(columns: Tensor, length: int) -> Tensor:
+    """(B, H, D, Lp) in contraction order → (B, H, L, D)."""
+    batch, heads, dim, padded = columns.shape
+    rows = torch.empty(batch, heads, length, dim, dtype=columns.dtype, device=columns.device)
+    grid = (triton.cdiv(length, QUANTIZE_ROWS), batch * heads)
+    transpose_kernel[grid](rows, columns, length, padded, dim, padded_head_dim(dim), False, QUANTIZE_ROWS)
+    return rows
+
+
+@torch.library.custom_op("hf_geoscale::fp8_attention", mutates_args=())
+def attention_forward(
+    query: Tensor,  # (B, Hq, Lq, D), any strides
+    key: Tensor,  # (B, Hkv, Lk, D)
+    value: Tensor,  # (B, Hkv, Lk, D)
+    q_quant_scale: Tensor,  # (Hq,)
+    k_quant_scale: Tensor,  # (Hkv,)
+    v_quant_scale: Tensor,  # (Hkv,)
+    key_range: Tensor | None,  # (B, Lq, 2) int32, contiguous
+    dropout_seed: Tensor | None,  # () int64
+    gradient_overflow: Tensor | None,  # (1,) int64: where the backward adds its count
+    softmax_scale: float,
+    causal: bool,
+    window: int,  # 0: none
+    dropout_p: float,
+    incoherent: bool,
+    high: bool,
+    count: bool,
+    observe: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """FP8 attention by the fused kernels.
+
+    Returns:
+        out (B, Hq, Lq, D) in query's dtype; shift and row_sum (B, Hq, Lq) float32: row maximum of the base-2 logits less 8, and
+        Σ P̃; q8, k8 (B, H, L, D), k8's residual (empty unless `high`), v8 (B, Hkv, D, Lp); v_norm (B, Hkv), the largest 2-norm of a
+        row of v8; amax (Hq + 2·Hkv,) and overflow (1,) int32 of the casts (zero unless `count`); logit_max (Hq,) in natural
+        units (zero unless `observe`).
+    """
+    batch, heads, n_queries, dim = query.shape
+    kv_heads, n_keys = key.shape[1:3]
+    device, e4m3 = query.device, torch.float8_e4m3fn
+    tile = tiles_for(device, dim, causal, high).forward
+    padded_dim, mix = padded_head_dim(dim), _mix_width(dim, incoherent)
+
+    q8 = torch.empty(query.shape, dtype=e4m3, device=device)
+    k8 = torch.empty(key.shape, dtype=e4m3, device=device)
+    residual = torch.empty(key.shape if high else (0,), dtype=e4m3, device=device)
+    v8 = torch.empty(batch, kv_heads, dim, _padded(n_keys), dtype=e4m3, device=device)
+    v_norm = torch.zeros(batch, kv_heads, device=device)
+    amax = torch.zeros(heads + 2 * kv_heads, device=device)
+    overflow = torch.zeros(1, dtype=torch.int32, device=device)
+    logit_max = torch.zeros(heads, device=device)
+    q_amax, k_amax, v_amax = amax.split((heads, kv_heads, kv_heads))
+    counters = [(part, overflow) if count else None for part in (q_amax, k_amax, v_amax)]
+    _quantize(query, q_quant_scale, mix, counters[0], q8, None, None, None)
+    _quantize(key, k_quant_scale, mix, counters[1], k8, None, residual if high else None, None)
+    _quantize(value, v_quant_scale, 0, counters[2], None, v8, None, v_norm)
+
+    out = _like_heads_inside(query, query.dtype)
+    shift = torch.empty(batch, heads, n_queries, device=device)
+    row_sum = torch.empty_like(shift)
+    d_k = _descriptor(k8, tile.keys, padded_dim)
+    grid = (triton.cdiv(n_queries, tile.rows), batch * heads)
+    forward_kernel[grid](
+        _descriptor(q8, tile.rows, padded_dim), d_k, _descriptor(residual, tile.keys, padded_dim) if high else d_k,
+        _descriptor(v8, padded_dim, tile.keys), q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed,
+        out, shift, row_sum, logit_max, *out.stride()[:3], heads, kv_heads, n_queries, n_keys, window, softmax_scale,
+        1 - dropout_p, int(dropout_p * 2**32), D=dim, DP=padded_dim, BM=tile.rows, BN=tile.keys, CAUSAL=causal,
+        WINDOW=window > 0, RANGES=key_range is not None, HIGH=high, DROPOUT=dropout_p > 0, OBSERVE=observe,
+        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out, shift, row_sum, q8, k8, residual, v8, v_norm, amax, overflow, logit_max
+
+
+@attention_forward.register_fake
+def _(
+    query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed, gradient_overflow,
+    softmax_scale, causal, window, dropout_p, incoherent, high, count, observe,
+):  # fmt: skip
+    batch, heads, n_queries, dim = query.shape
+    kv_heads, n_keys = key.shape[1:3]
+    e4m3 = torch.float8_e4m3fn
+    padded = (n_keys + SEQUENCE_PADDING - 1) // SEQUENCE_PADDING * SEQUENCE_PADDING
+    rows = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
+    return (
+        _like_heads_inside(query, query.dtype),
+        rows,
+        torch.empty_like(rows),
+        query.new_empty(query.shape, dtype=e4m3),
+        key.new_empty(key.shape, dtype=e4m3),
+        key.new_empty(key.shape if high else (0,), dtype=e4m3),
+        key.new_empty(batch, kv_heads, dim, padded, dtype=e4m3),
+        key.new_empty(batch, kv_heads, dtype=torch.float32),
+        query.new_empty(heads + 2 * kv_heads, dtype=torch.float32),
+        query.new_empty(1, dtype=torch.int32),
+        query.new_empty(heads, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("hf_geoscale::fp8_attention_backward", mutates_args=("gradient_overflow",))
+def attention_backward(
+    grad_out: Tensor,  # (B, Hq, Lq, D), any strides
+    out: Tensor,  # (B, Hq, Lq, D)
+    shift: Tensor,  # (B, Hq, Lq)
+    row_sum: Tensor,  # (B, Hq, Lq)
+    q8: Tensor,  # (B, Hq, Lq, D)
+    k8: Tensor,  # (B, Hkv, Lk, D)
+    residual: Tensor,  # (B, Hkv, Lk, D), or empty
+    v8: Tensor,  # (B, Hkv, D, Lp)
+    v_norm: Tensor,  # (B, Hkv)
+    q_quant_scale: Tensor,
+    k_quant_scale: Tensor,
+    v_quant_scale: Tensor,
+    key_range: Tensor | None,
+    dropout_seed: Tensor | None,
+    gradient_overflow: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    window: int,
+    dropout_p: float,
+    incoherent: bool,
+    q_dtype: torch.dtype,
+    k_dtype: torch.dtype,
+    v_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ (B, Hq, Lq, D), dK and dV (B, Hkv, Lk, D), with respect to the unquantised, unmixed operands. Deterministic."""
+    batch, heads, n_queries, dim = q8.shape
+    kv_heads, n_keys = k8.shape[1:3]
+    device, high, survival = q8.device, residual.numel() > 0, 1 - dropout_p
+    padded_dim, mix = padded_head_dim(dim), _mix_width(dim, incoherent)
+    n_groups = triton.cdiv(n_queries, GRADIENT_ROWS)
+    tiles = tiles_for(device, dim, causal, high)
+
+    gradient_range = torch.zeros(batch, heads, n_groups, 2, device=device)
+    grid = (triton.cdiv(n_queries, QUANTIZE_ROWS), batch * heads)
+    gradient_range_kernel[grid](
+        grad_out, row_sum, gradient_range, *grad_out.stride(), heads, n_queries, n_groups, GRADIENT_ROWS, dim, padded_dim,
+        QUANTIZE_ROWS,
+    )  # fmt: skip
+    padded = _padded(n_queries)
+    grad8 = torch.empty_like(q8)
+    grad8_columns = torch.empty(batch, heads, dim, padded, dtype=q8.dtype, device=device)
+    row_factor, row_delta = torch.empty(2, batch, heads, n_queries, device=device)
+    group_delta, group_shift = torch.empty(2, batch, heads, padded, device=device)
+    group = torch.empty(batch, heads, n_groups, 4, device=device)
+    quantize_gradient_kernel[padded // QUANTIZE_ROWS, batch * heads](
+        grad_out, out, shift, row_sum, gradient_range, v_norm, q_quant_scale, v_quant_scale, grad8, grad8_columns, row_factor,
+        row_delta, group_delta, group_shift, group, *grad_out.stride(), *out.stride(), heads, kv_heads, n_queries, padded, n_groups,
+        softmax_scale, survival, GRADIENT_ROWS, dim, padded_dim, QUANTIZE_ROWS,
+    )  # fmt: skip
+    v8_rows, k8_columns, q8_columns = _to_rows(v8, n_keys), _to_columns(k8), _to_columns(q8)
+    residual_columns = _to_columns(residual) if high else k8_columns
+    residual = residual if high else k8
+
+    dq = _like_heads_inside(q8, q_dtype)
+    dk, dv = _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
+    scalars = (window, softmax_scale, survival, int(dropout_p * 2**32))
+    flags = {"CAUSAL": causal, "WINDOW": window > 0, "RANGES": key_range is not None, "HIGH": high}
+    flags |= {"DROPOUT": dropout_p > 0, "GROUP": GRADIENT_ROWS, "D": dim, "DP": padded_dim, "MIX": mix}
+
+    tile = tiles.query_gradient
+    query_gradient_kernel[triton.cdiv(n_queries, tile.rows), batch * heads](
+        _descriptor(q8, tile.rows, padded_dim), _descriptor(k8, tile.keys, padded_dim),
+        _descriptor(k8_columns, padded_dim, tile.keys), _descriptor(residual, tile.keys, padded_dim),
+        _descriptor(residual_columns, padded_dim, tile.keys), _descriptor(v8_rows, tile.keys, padded_dim),
+        _descriptor(grad8, tile.rows, padded_dim), q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed,
+        shift, row_factor, row_delta, group, dq, gradient_overflow, *dq.stride()[:3], heads, kv_heads, n_queries, n_keys,
+        n_groups, *scalars, BM=tile.rows, BN=tile.keys, COUNT=gradient_overflow is not None, STAGES=tile.stages, **flags,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+    tile = tiles.key_gradient
+    n_blocks = triton.cdiv(n_keys, tile.keys)
+    span = None
+    if key_range is not None:
+        span = torch.empty(batch, n_blocks, 4, dtype=torch.int32, device=device)
+        query_span_kernel[n_blocks, batch](
+            key_range, span, n_queries, n_keys, n_blocks, window, tile.keys, tile.rows, causal, window > 0
+        )
+    key_gradient_kernel[n_blocks, batch * kv_heads](
+        _descriptor(q8, tile.rows, padded_dim), _descriptor(q8_columns, padded_dim, tile.rows),
+        _descriptor(k8, tile.keys, padded_dim), _descriptor(residual, tile.keys, padded_dim),
+        _descriptor(v8_rows, tile.keys, padded_dim), _descriptor(grad8, tile.rows, padded_dim),
+        _descriptor(grad8_columns, padded_dim, tile.rows), TensorDescriptor.from_tensor(group_shift.view(-1), [tile.rows]),
+        TensorDescriptor.from_tensor(group_delta.view(-1), [tile.rows]), q_quant_scale, k_quant_scale, key_range, span,
+        dropout_seed, group, dk, dv, *dk.stride()[:3], heads, kv_heads, n_queries, n_keys, padded,
+        n_groups, *scalars, BM=tile.rows, BN=tile.keys, TAIL=window > 0 or key_range is not None,
+        STAGES=tile.stages, **flags, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@attention_backward.register_fake
+def _(
+    grad_out, out, shift, row_sum, q8, k8, residual, v8, v_norm, q_quant_scale, k_quant_scale, v_quant_scale, key_range,
+    dropout_seed, gradient_overflow, softmax_scale, causal, window, dropout_p, incoherent, q_dtype,
+    k_dtype, v_dtype,
+):  # fmt: skip
+    return _like_heads_inside(q8, q_dtype), _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
+
+
+def _save(ctx, inputs, output) -> None:
+    query, key, value, q_scale, k_scale, v_scale, key_range, seed, overflow, *options = inputs
+    ctx.save_for_backward(*output[:8], q_scale, k_scale, v_scale, key_range, seed, overflow)
+    ctx.options = options[:5]
+    ctx.dtypes = [query.dtype, key.dtype, value.dtype]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_out, *_):
+    if grad_out is None:
+        return (None,) * 17
+    grads = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, *ctx.dtypes)
+    return (*grads, *[None] * 14)
+
+
+attention_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def lse(shift: Tensor, row_sum: Tensor) -> Tensor:
+    """Natural log-sum-exp of the logits per row, (B, Hq, Lq) float32; −inf for a row that sees no key."""
+    return (shift + 8) * math.log(2) + row_sum.log()

@@ -1,0 +1,257 @@
+"""Triton kernels that write FP8 operands: from BF16/FP16/FP32 tensors of any strides, each read once.
+
+"Rows" are (B, H, L, D), contiguous along D; "columns" are (B, H, D, Lp), contiguous along the sequence in `contraction_order`, zero
+from L to Lp. FP8 matrix units take no transposed operand, so each tensor is stored contiguous along what it is contracted over.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import E4M3_MAX, RESIDUAL_GAIN, contraction_order, mix, sequence_order, to_e4m3
+
+GRADIENT_AMAX_MIN = tl.constexpr(2.0**-66)
+"""Least amax of dO′ that still sets the scale: keeps ratios between the scales of two row groups far from float32's limits."""
+
+LOGIT_GRADIENT_MARGIN = tl.constexpr(1 + 2.0**-3)
+"""Widens the bound of dS for the rounding of v8 and P̃8 (half an E4M3 epsilon each), which its derivation takes as exact."""
+
+ROUNDED_NORM_MARGIN = tl.constexpr(1 + 2.0**-4)
+"""‖dO′8‖ ≤ this · ‖dO′·quant_scale‖ + √D/1024: half an E4M3 epsilon per normal value, half a subnormal step below."""
+
+LOGIT_GRADIENT_BOUND_MIN = tl.constexpr(2.0**-20)
+"""Below the product of the two least non-zero E4M3 norms: only an all-zero dO′ or v has a smaller bound."""
+
+
+@triton.jit
+def store_rows(p_out, x, i_head, rows, n_rows, D: tl.constexpr, DP: tl.constexpr):
+    dims = tl.arange(0, DP)
+    p_tile = p_out + (i_head.to(tl.int64) * n_rows + rows[:, None]) * D + dims[None, :]
+    tl.store(p_tile, x, mask=(rows[:, None] < n_rows) & (dims[None, :] < D))
+
+
+@triton.jit
+def store_columns(p_out, x, i_head, start, n_padded, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Store a tile (ROWS, DP) transposed, its rows in `contraction_order`."""
+    dims, columns = tl.arange(0, DP), start + tl.arange(0, ROWS)
+    x = contraction_order(tl.trans(x), DP, ROWS)
+    p_tile = p_out + (i_head.to(tl.int64) * D + dims[:, None]) * n_padded + columns[None, :]
+    tl.store(p_tile, x, mask=dims[:, None] < D)
+
+
+@triton.jit
+def quantize_kernel(
+    p_x,  # (B, H, L, D), any strides
+    p_quant_scale,  # (H,)
+    p_rows,  # (B, H, L, D) E4M3
+    p_columns,  # (B, H, D, Lp) E4M3
+    p_residual,  # (B, H, L, D) E4M3
+    p_norm,  # (B, H): largest 2-norm of a row in FP8 units
+    p_amax,  # (H,): largest |x·quant_scale|
+    p_overflow,  # (1,) int32
+    stride_b,
+    stride_h,
+    stride_l,
+    stride_d,
+    n_heads,
+    n_rows,
+    n_padded,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    MIX: tl.constexpr,  # width of a Hadamard block; 0: no mix
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_head = tl.program_id(1)  # batch · n_heads + head
+    batch, head = i_head // n_heads, i_head % n_heads
+    start = tl.program_id(0) * BLOCK
+    rows, dims = start + tl.arange(0, BLOCK), tl.arange(0, DP)
+    inside = (rows[:, None] < n_rows) & (dims[None, :] < D)
+    p_tile = p_x + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    x = tl.load(p_tile + rows[:, None].to(tl.int64) * stride_l + dims[None, :] * stride_d, mask=inside, other=0.0)
+    if MIX:
+        x = mix(x, BLOCK, DP, MIX)
+    x = x.to(tl.float32) * tl.load(p_quant_scale + head)
+    x8 = to_e4m3(x)
+    if ROWS:
+        store_rows(p_rows, x8, i_head, rows, n_rows, D, DP)
+    if COLUMNS:
+        store_columns(p_columns, x8, i_head, start, n_padded, BLOCK, D, DP)
+        rounded = x8.to(tl.float32)
+        tl.atomic_max(p_norm + i_head, tl.sqrt(tl.max(tl.sum(rounded * rounded, 1))))
+    if RESIDUAL:
+        residual = to_e4m3((x - x8.to(tl.float32)) * RESIDUAL_GAIN)
+        store_rows(p_residual, residual, i_head, rows, n_rows, D, DP)
+    if COUNT:
+        tl.atomic_max(p_amax + head, tl.max(tl.abs(x)))
+        over = tl.sum(tl.where(tl.abs(x) <= E4M3_MAX, 0, 1))
+        if over > 0:
+            tl.atomic_add(p_overflow, over)
+
+
+@triton.jit
+def transpose_kernel(
+    p_rows,  # (B·H, L, D)
+    p_columns,  # (B·H, D, Lp)
+    n_rows,
+    n_padded,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    TO_COLUMNS: tl.constexpr,  # rows → columns; otherwise columns → rows
+    BLOCK: tl.constexpr,
+):
+    i_head, start = tl.program_id(1), tl.program_id(0) * BLOCK
+    rows, dims = start + tl.arange(0, BLOCK), tl.arange(0, DP)
+    if TO_COLUMNS:
+        inside = (rows[:, None] < n_rows) & (dims[None, :] < D)
+        p_tile = p_rows + (i_head.to(tl.int64) * n_rows + rows[:, None]) * D + dims[None, :]
+        store_columns(p_columns, tl.load(p_tile, mask=inside, other=0.0), i_head, start, n_padded, BLOCK, D, DP)
+    else:
+        p_tile = p_columns + (i_head.to(tl.int64) * D + dims[:, None]) * n_padded + rows[None, :]
+        x = tl.load(p_tile, mask=dims[:, None] < D, other=0.0)
+        store_rows(p_rows, tl.trans(sequence_order(x, DP, BLOCK)), i_head, rows, n_rows, D, DP)
+
+
+@triton.jit
+def load_folded_gradient(
+    p_grad,
+    p_row_sum,
+    i_head,
+    batch,
+    head,
+    rows,
+    n_rows,
+    stride_b,
+    stride_h,
+    stride_l,
+    stride_d,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """dO′ = dO / Σ P̃ of a block of rows, float32; 0 for rows that saw no key."""
+    dims = tl.arange(0, DP)
+    inside = (rows[:, None] < n_rows) & (dims[None, :] < D)
+    p_tile = p_grad + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    grad = tl.load(p_tile + rows[:, None].to(tl.int64) * stride_l + dims[None, :] * stride_d, mask=inside, other=0.0)
+    total = tl.load(p_row_sum + i_head.to(tl.int64) * n_rows + rows, mask=rows < n_rows, other=0.0)
+    return grad.to(tl.float32) * tl.where(total > 0, 1 / total, 0.0)[:, None]
+
+
+@triton.jit
+def gradient_range_kernel(
+    p_grad,  # (B, Hq, Lq, D), any strides
+    p_row_sum,  # (B, Hq, Lq)
+    p_range,  # (B, Hq, groups, 2): amax of dO′ and its largest row norm, per group of rows
+    stride_b,
+    stride_h,
+    stride_l,
+    stride_d,
+    n_heads,
+    n_rows,
+    n_groups,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_head, start = tl.program_id(1), tl.program_id(0) * BLOCK
+    batch, head = i_head // n_heads, i_head % n_heads
+    rows = start + tl.arange(0, BLOCK)
+    grad = load_folded_gradient(
+        p_grad, p_row_sum, i_head, batch, head, rows, n_rows, stride_b, stride_h, stride_l, stride_d, D, DP
+    )
+    p_group = p_range + (i_head * n_groups + start // GROUP) * 2
+    amax = tl.max(tl.abs(grad))
+    norm = tl.sqrt(tl.max(tl.sum(grad * grad, 1)))
+    tl.atomic_max(p_group, amax)
+    tl.atomic_max(p_group + 1, norm)
+
+
+@triton.jit
+def gradient_quant_scale(amax):
+    return E4M3_MAX / tl.maximum(amax, GRADIENT_AMAX_MIN, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def logit_gradient_factor(norm, v_norm, survival):
+    """Factor t such that |256·P̃·(dP − δ)·t| ≤ 448 by Cauchy–Schwarz, dP and δ in FP8 units: dP, δ ≤ norm · v_norm."""
+    bound = 2 * LOGIT_GRADIENT_MARGIN * norm * v_norm / survival
+    return E4M3_MAX / (256 * tl.maximum(bound, LOGIT_GRADIENT_BOUND_MIN, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def quantize_gradient_kernel(
+    p_grad,  # (B, Hq, Lq, D), any strides
+    p_out,  # (B, Hq, Lq, D), strides out_*
+    p_shift,  # (B, Hq, Lq)
+    p_row_sum,  # (B, Hq, Lq)
+    p_range,  # (B, Hq, groups, 2)
+    p_v_norm,  # (B, Hkv)
+    p_q_quant_scale,  # (Hq,)
+    p_v_quant_scale,  # (Hkv,)
+    p_rows,  # (B, Hq, Lq, D) E4M3
+    p_columns,  # (B, Hq, D, Lp) E4M3
+    p_row_factor,  # (B, Hq, Lq): t of each row, for dQ
+    p_row_delta,  # (B, Hq, Lq): δ·t of each row, for dQ
+    p_group_delta,  # (B, Hq, Lp): δ·t of the row's group, for dK
+    p_group_shift,  # (B, Hq, Lp): p_shift, +∞ where a row saw no key and beyond Lq, so that its P̃ is 0
+    p_group,  # (B, Hq, groups, 4): t, real units of dK and of dV accumulators, descale of dO′
+    stride_b,
+    stride_h,
+    stride_l,
+    stride_d,
+    out_b,
+    out_h,
+    out_l,
+    out_d,
+    n_heads,
+    n_kv_heads,
+    n_rows,
+    n_padded,
+    n_groups,
+    softmax_scale,
+    survival,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_head, start = tl.program_id(1), tl.program_id(0) * BLOCK
+    batch, head = i_head // n_heads, i_head % n_heads
+    kv_head = head // (n_heads // n_kv_heads)
+    rows, dims = start + tl.arange(0, BLOCK), tl.arange(0, DP)
+    valid = rows < n_rows
+    grad = load_folded_gradient(
+        p_grad, p_row_sum, i_head, batch, head, rows, n_rows, stride_b, stride_h, stride_l, stride_d, D, DP
+    )
+    i_group = i_head * n_groups + tl.minimum(start // GROUP, n_groups - 1)  # padding rows past the last group write zeros
+    quant_scale = gradient_quant_scale(tl.load(p_range + i_group * 2))
+    grad8 = to_e4m3(grad * quant_scale)
+    store_rows(p_rows, grad8, i_head, rows, n_rows, D, DP)
+    store_columns(p_columns, grad8, i_head, start, n_padded, BLOCK, D, DP)
+
+    p_tile = p_out + batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h
+    inside = valid[:, None] & (dims[None, :] < D)
+    out = tl.load(p_tile + rows[:, None].to(tl.int64) * out_l + dims[None, :] * out_d, mask=inside, other=0.0)
+    v_quant_scale = tl.load(p_v_quant_scale + kv_head)
+    v_norm = tl.load(p_v_norm + batch * n_kv_heads + kv_head)
+    rounded = grad8.to(tl.float32)
+    delta = tl.sum(rounded * out.to(tl.float32), 1) * v_quant_scale
+    row_factor = logit_gradient_factor(tl.sqrt(tl.sum(rounded * rounded, 1)), v_norm, survival)
+    group_norm = tl.load(p_range + i_group * 2 + 1) * quant_scale * ROUNDED_NORM_MARGIN + (D**0.5) / 1024
+    group_factor = logit_gradient_factor(group_norm, v_norm, survival)
+    i_rows = i_head.to(tl.int64) * n_rows + rows
+    tl.store(p_row_factor + i_rows, row_factor, mask=valid)
+    tl.store(p_row_delta + i_rows, delta * row_factor, mask=valid)
+    i_padded = i_head.to(tl.int64) * n_padded + rows
+    seen = tl.load(p_row_sum + i_rows, mask=valid, other=0.0) > 0
+    tl.store(p_group_delta + i_padded, delta * group_factor)
+    tl.store(p_group_shift + i_padded, tl.where(seen, tl.load(p_shift + i_rows, mask=valid, other=0.0), float("inf")))
+    if start % GROUP == 0 and start < n_rows:
+        logit_unit = softmax_scale / (256 * group_factor * quant_scale * v_quant_scale)
+        tl.store(p_group + i_group * 4, group_factor)
+        tl.store(p_group + i_group * 4 + 1, logit_unit / tl.load(p_q_quant_scale + head))
+        tl.store(p_group + i_group * 4 + 2, 1 / (256 * quant_scale * survival))
+        tl.store(p_group + i_group * 4 + 3, 1 / quant_scale)

@@ -1,0 +1,161 @@
+"""What the fused kernels share inside one tile: operand order, row bounds, dropout, the Hadamard mix. Triton device functions."""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)  # whose `dot` multiplies bfloat16 bit patterns as integers
+E4M3_MAX = tl.constexpr(448.0)
+PROBABILITY_LOG2 = tl.constexpr(8.0)  # P̃ is stored as 256·P̃
+RESIDUAL_GAIN = tl.constexpr(16.0)
+MIX_WIDTH = tl.constexpr(128)  # widest Hadamard matrix multiplied at once
+
+
+@triton.jit
+def contraction_order(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Reorder the columns of an accumulator tile (ROWS, COLUMNS) to the order in which it enters the next product.
+
+    A thread of a matrix unit holds columns {2t, 2t+1, 8+2t, 9+2t} of every 16 in an accumulator, and columns 4t … 4t+3 in an
+    8-bit operand. Contracting in the order 0 1 8 9 2 3 10 11 … makes both the same registers: no shuffle, no shared memory.
+    The other operand is stored in that order (`store_columns`), so the product is unchanged.
+    """
+    x = tl.reshape(x, (ROWS, COLUMNS // 16, 2, 4, 2))
+    x = tl.permute(x, (0, 1, 3, 2, 4))
+    return tl.reshape(x, (ROWS, COLUMNS))
+
+
+@triton.jit
+def sequence_order(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Inverse of `contraction_order`."""
+    x = tl.reshape(x, (ROWS, COLUMNS // 16, 4, 2, 2))
+    x = tl.permute(x, (0, 1, 3, 2, 4))
+    return tl.reshape(x, (ROWS, COLUMNS))
+
+
+@triton.jit
+def to_e4m3(x):
+    """Round to E4M3, clamping to ±448 first: no cast is relied on to saturate. NaN stays NaN."""
+    return tl.clamp(x, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+
+
+@triton.jit
+def row_bounds(
+    rows,
+    i_batch,
+    p_range,
+    n_queries,
+    n_keys,
+    window,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RANGES: tl.constexpr,
+):
+    """First and one-past-last key that each query row sees, as `Visibility.rows`; rows beyond the last see nothing."""
+    valid = rows < n_queries
+    last = tl.where(valid, n_keys, 0)
+    first = tl.zeros_like(rows)
+    position = rows + (n_keys - n_queries)
+    if CAUSAL:
+        last = tl.minimum(last, position + 1)
+    if WINDOW:
+        first = tl.maximum(first, position - window + 1)
+    if RANGES:
+        p_row = p_range + (i_batch.to(tl.int64) * n_queries + rows) * 2
+        first = tl.maximum(first, tl.load(p_row, mask=valid, other=0))
+        last = tl.minimum(last, tl.load(p_row + 1, mask=valid, other=0))
+    return first, last
+
+
+@triton.jit
+def key_span(
+    rows,
+    first,
+    last,
+    start_row,
+    n_queries,
+    n_keys,
+    window,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RANGES: tl.constexpr,
+):
+    """Key tiles of a block of rows: masked [start, full_start), unmasked [full_start, full_stop), masked [full_stop, stop)."""
+    if RANGES:
+        valid = rows < n_queries
+        seen_from = tl.min(tl.where(valid & (first < last), first, n_keys))
+        all_from = tl.max(tl.where(valid, first, 0))
+        seen_to = tl.max(last)
+        all_to = tl.min(tl.where(valid, last, n_keys))
+    else:
+        offset = n_keys - n_queries
+        stop_row = tl.minimum(start_row + ROWS, n_queries)
+        seen_from, all_from, seen_to, all_to = 0, 0, n_keys, n_keys
+        if CAUSAL:
+            seen_to = tl.minimum(tl.maximum(stop_row + offset, 0), n_keys)
+            all_to = tl.minimum(tl.maximum(start_row + 1 + offset, 0), n_keys)
+        if WINDOW:
+            seen_from = tl.maximum(start_row + offset - window + 1, 0)
+            all_from = tl.maximum(stop_row + offset - window, 0)
+    start = seen_from // KEYS * KEYS
+    stop = tl.maximum(seen_to, start)
+    full_start = tl.minimum(tl.cdiv(all_from, KEYS) * KEYS, tl.cdiv(stop, KEYS) * KEYS)
+    full_start = tl.maximum(full_start, start)
+    full_stop = tl.maximum(all_to // KEYS * KEYS, full_start)
+    full_stop = tl.minimum(full_stop, tl.cdiv(stop, KEYS) * KEYS)
+    return start, full_start, full_stop, stop
+
+
+@triton.jit
+def dropout_keep(
+    seed,
+    threshold,
+    i_batch_head,
+    start_row,
+    start_key,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Which probabilities of a tile survive, as `philox.dropout_keep`: (ROWS, KEYS) bool, or (KEYS, ROWS) when TRANSPOSED."""
+    rows = start_row + tl.arange(0, ROWS)
+    quads = start_key // 4 + tl.arange(0, KEYS // 4)
+    if TRANSPOSED:
+        quads, rows = quads[:, None], rows[None, :]
+    else:
+        quads, rows = quads[None, :], rows[:, None]
+    zero = (quads + rows) * 0
+    w0, w1, w2, w3 = tl.philox(seed, quads + zero, rows + zero, zero + i_batch_head, zero)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    if TRANSPOSED:
+        words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (KEYS, ROWS))
+    else:
+        words = tl.reshape(words, (ROWS, KEYS))
+    return words.to(tl.uint32, bitcast=True).to(tl.int64) >= threshold
+
+
+@triton.jit
+def mix(x, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Orthonormal Hadamard mix of each BLOCK of the last dimension: (ROWS, DIM) → float32, as `hadamard.hadamard`.
+
+    A product with a matrix of ±1, exact in every input type; float32 input is split into three TF32 terms.
+    """
+    WIDTH: tl.constexpr = DIM if DIM < MIX_WIDTH else MIX_WIDTH
+    INNER: tl.constexpr = BLOCK if BLOCK < WIDTH else WIDTH
+    row, column = tl.arange(0, WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
+    parity = row & column
+    parity ^= parity >> 4
+    parity ^= parity >> 2
+    parity ^= parity >> 1
+    sign = tl.where(parity & 1 == 1, -1.0, 1.0)
+    matrix = tl.where(row // INNER == column // INNER, sign, 0.0)
+    x = tl.reshape(x, (ROWS * DIM // WIDTH, WIDTH))
+    if INTERPRETED:
+        x = x.to(tl.float32)
+    y = tl.dot(x, matrix.to(x.dtype), input_precision="tf32x3")
+    y = tl.reshape(y, (ROWS, DIM))
+    if BLOCK > WIDTH:  # one more butterfly between the two halves
+        even, odd = tl.split(tl.permute(tl.reshape(y, (ROWS, 2, WIDTH)), (0, 2, 1)))
+        y = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), (ROWS, DIM))
+    return y * (BLOCK**-0.5)
