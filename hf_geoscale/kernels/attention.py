@@ -1,17 +1,24 @@
-"""`fp8_attention`: the functional op, with its checks and its autograd formula."""
+"""`fp8_attention`: the functional op, its checks, and the reference backend's autograd formula."""
+
+import math
 
 import torch
 from torch import Tensor
 
+from ..scaling.formats import E4M3
 from . import reference
+from .backend import TRITON_INSTALLED, resolve_backend
 from .statistics import AttentionStatistics
 from .visibility import Visibility
+
+if TRITON_INSTALLED:
+    from . import fused
 
 HEAD_DIM_STEP, HEAD_DIM_MAX = 16, 256
 """Head dimensions are multiples of 16 up to 256: what FP8 matrix units contract over, and what the kernels tile."""
 
 
-class _FP8Attention(torch.autograd.Function):
+class _ReferenceAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, visibility, options, precision, stats
@@ -35,10 +42,12 @@ class _FP8Attention(torch.autograd.Function):
         )
         ctx.visibility, ctx.options, ctx.stats = visibility, options, stats
         ctx.dtypes = query.dtype, key.dtype, value.dtype
-        return out
+        lse = row_max * math.log(2) + row_sum.log()
+        ctx.mark_non_differentiable(lse)
+        return out, lse
 
     @staticmethod
-    def backward(ctx, grad_out):
+    def backward(ctx, grad_out, _):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "fp8_attention has first derivatives only; its backward was called with create_graph=True"
@@ -49,6 +58,45 @@ class _FP8Attention(torch.autograd.Function):
                 grad_out, out, row_max, row_sum, reference.Operands(*saved), ctx.visibility, ctx.options, ctx.stats
             )
         return *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)), *[None] * 7
+
+
+def _reference(
+    query, key, value, scales, visibility, softmax_scale, incoherent, precision, dropout_p, dropout_seed, statistics
+):  # fmt: skip
+    if dropout_p and dropout_seed is None:
+        dropout_seed = torch.randint(2**63 - 1, ())
+    options = reference.Options(softmax_scale, incoherent, dropout_p, int(dropout_seed or 0))
+    statistics = statistics or AttentionStatistics()
+    return _ReferenceAttention.apply(query, key, value, *scales, visibility, options, precision, statistics)
+
+
+def _fused(
+    query, key, value, scales, visibility, softmax_scale, incoherent, precision, dropout_p, dropout_seed, statistics
+):  # fmt: skip
+    device = query.device
+    if not dropout_p:
+        dropout_seed = None
+    elif dropout_seed is None:
+        dropout_seed = torch.randint(2**63 - 1, (), device=device)
+    elif not isinstance(dropout_seed, Tensor):
+        dropout_seed = torch.full((), dropout_seed, dtype=torch.int64, device=device)
+    key_range = visibility.key_range
+    if key_range is not None:
+        key_range = key_range.to(device=device, dtype=torch.int32).contiguous()
+    observe = statistics is not None and statistics.observe_logits
+    out, shift, row_sum, *_, amax, overflow, logit_max = fused.attention_forward(
+        query, key, value, *scales, key_range, dropout_seed, statistics.gradient_counter(device) if observe else None,
+        softmax_scale, visibility.causal, visibility.window or 0, dropout_p, incoherent, precision == "high",
+        statistics is not None, observe,
+    )  # fmt: skip
+    if statistics is not None:
+        statistics.add_overflow(overflow.squeeze(0))
+        heads, kv_heads = query.shape[1], key.shape[1]
+        for name, used in zip("qkv", (amax / E4M3.max).split((heads, kv_heads, kv_heads)), strict=True):
+            statistics.add_range(name, used)
+        if observe:
+            statistics.add_logits(logit_max)
+    return out, fused.lse(shift, row_sum)
 
 
 def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -91,11 +139,13 @@ def fp8_attention(
     window: int | None = None,
     key_range: Tensor | None = None,  # (B, Lq, 2)
     dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
+    dropout_seed: int | Tensor | None = None,
     incoherent: bool = True,
     precision: str = "standard",
+    backend: str = "auto",
+    return_lse: bool = False,
     statistics: AttentionStatistics | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention with E4M3 operands, differentiable with E4M3 gradients; data flow in `kernels/reference.py`.
 
     Args:
@@ -107,13 +157,19 @@ def fp8_attention(
         window: with causal, a row sees at most this many keys, itself included.
         key_range: further restricts row i of sequence b to keys start ≤ j < stop (integers); an empty row gives 0.
         dropout_p: probability, in [0, 1), that an attention probability is dropped; survivors are divided by 1 − dropout_p.
-        dropout_seed: 64-bit Philox seed; None draws one from torch's CPU generator.
+        dropout_seed: 64-bit Philox seed, or an int64 tensor () that holds one; None draws one from torch's generator (the
+            device's own with "triton", so that no call waits and CUDA graphs draw anew; the CPU's with "reference").
         incoherent: mix q and k by an orthonormal Hadamard matrix first (halves their quantisation error).
         precision: "standard", or "high" for k as two FP8 terms.
-        statistics: accumulates overflow counts and the range in use, in place.
+        backend: "triton", the fused kernels; "reference", plain PyTorch; "auto", the first on GPUs that can run it.
+        return_lse: also return the natural log-sum-exp of each row's logits, (B, Hq, Lq) float32, without gradient; −inf where
+            a row sees no key.
+        statistics: accumulates overflow counts and the range in use, in place. "triton" counts the casts of q, k and v; those of
+            the logit gradients, whose bound holds by Cauchy–Schwarz, only with `observe_logits`.
     Returns:
-        (B, Hq, Lq, D) in query's dtype; first derivatives only.
+        (B, Hq, Lq, D) in query's dtype, or that and the log-sum-exp; first derivatives only.
     Raises:
+        RuntimeError: backend="triton" where it cannot run.
         ValueError: a shape, head dimension, window, probability or precision that is not as stated.
         TypeError: an operand that is not floating point.
     """
@@ -136,21 +192,14 @@ def fp8_attention(
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if precision not in ("standard", "high"):
         raise ValueError(f'precision must be "standard" or "high", got {precision!r}')
-    if dropout_p and dropout_seed is None:
-        dropout_seed = int(torch.randint(2**63 - 1, ()))
-    options = reference.Options(
-        query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, incoherent, dropout_p, dropout_seed or 0
-    )
+    if softmax_scale is None:
+        softmax_scale = query.shape[-1] ** -0.5
+    if not softmax_scale > 0:
+        raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
     visibility = Visibility(query.shape[2], key.shape[2], causal, window, key_range)
-    return _FP8Attention.apply(
-        query,
-        key,
-        value,
-        q_quant_scale,
-        k_quant_scale,
-        v_quant_scale,
-        visibility,
-        options,
-        precision,
-        statistics or AttentionStatistics(),
+    scales = (q_quant_scale, k_quant_scale, v_quant_scale)
+    attend = _fused if resolve_backend(backend, query.device) == "triton" else _reference
+    out, lse = attend(
+        query, key, value, scales, visibility, softmax_scale, incoherent, precision, dropout_p, dropout_seed, statistics
     )
+    return (out, lse) if return_lse else out

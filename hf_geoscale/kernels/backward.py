@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .forward import logit_factor
-from .tile import RESIDUAL_GAIN, contraction_order, dropout_keep, key_span, mix, row_bounds
+from .tile import RESIDUAL_GAIN, contraction_order, dropout_keep, key_span, mix, row_bounds, tile_pointers
 
 
 @triton.jit
@@ -92,6 +92,7 @@ def query_gradient_kernel(
     p_row_factor,
     p_row_delta,
     p_group,  # (B, Hq, groups, 4)
+    p_hadamard,  # signs
     p_dq,  # (B, Hq, Lq, D), strides dq_*
     p_overflow,  # (1,) int64
     dq_b,
@@ -171,11 +172,9 @@ def query_gradient_kernel(
     descale = tl.load(p_k_quant_scale + kv_head) * tl.load(p_v_quant_scale + kv_head)
     dq *= (softmax_scale * grad_descale / (256 * descale * unit_factor))[:, None]
     if MIX:
-        dq = mix(dq.to(tl.bfloat16), BM, DP, MIX)
-    dims = tl.arange(0, DP)
-    p_tile = p_dq + batch.to(tl.int64) * dq_b + head.to(tl.int64) * dq_h
-    p_tile += rows[:, None].to(tl.int64) * dq_l + dims[None, :]
-    tl.store(p_tile, dq.to(p_dq.dtype.element_ty), mask=valid[:, None] & (dims[None, :] < D))
+        dq = mix(dq.to(tl.bfloat16), p_hadamard, BM, DP, MIX)
+    p_tile = tile_pointers(p_dq, batch, head, start_row, dq_b, dq_h, dq_l, BM, DP)
+    tl.store(p_tile, dq.to(p_dq.dtype.element_ty), mask=valid[:, None] & (tl.arange(0, DP)[None, :] < D))
     if COUNT:
         over = tl.sum(tl.where(valid & ~(ds_max <= 448.0), 1, 0))
         if over > 0:
@@ -336,6 +335,7 @@ def key_gradient_kernel(
     p_span,  # (B, key blocks, 4), with RANGES
     p_seed,
     p_group,  # (B, Hq, groups, 4)
+    p_hadamard,  # signs
     p_dk,  # (B, Hkv, Lk, D), strides dk_*
     p_dv,  # same strides
     dk_b,
@@ -418,9 +418,9 @@ def key_gradient_kernel(
     dk *= dk_unit
     dv *= dv_unit
     if MIX:
-        dk = mix(dk.to(tl.bfloat16), BN, DP, MIX)
-    keys, dims = start_key + tl.arange(0, BN), tl.arange(0, DP)
-    inside = (keys[:, None] < n_keys) & (dims[None, :] < D)
-    i_tile = batch.to(tl.int64) * dk_b + kv_head.to(tl.int64) * dk_h + keys[:, None].to(tl.int64) * dk_l + dims[None, :]
-    tl.store(p_dk + i_tile, dk.to(p_dk.dtype.element_ty), mask=inside)
-    tl.store(p_dv + i_tile, dv.to(p_dv.dtype.element_ty), mask=inside)
+        dk = mix(dk.to(tl.bfloat16), p_hadamard, BN, DP, MIX)
+    inside = (start_key + tl.arange(0, BN)[:, None] < n_keys) & (tl.arange(0, DP)[None, :] < D)
+    p_tile = tile_pointers(p_dk, batch, kv_head, start_key, dk_b, dk_h, dk_l, BN, DP)
+    tl.store(p_tile, dk.to(p_dk.dtype.element_ty), mask=inside)
+    p_tile = tile_pointers(p_dv, batch, kv_head, start_key, dk_b, dk_h, dk_l, BN, DP)
+    tl.store(p_tile, dv.to(p_dv.dtype.element_ty), mask=inside)

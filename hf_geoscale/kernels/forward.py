@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tile import PROBABILITY_LOG2, RESIDUAL_GAIN, contraction_order, dropout_keep, key_span, row_bounds
+from .tile import PROBABILITY_LOG2, RESIDUAL_GAIN, contraction_order, dropout_keep, key_span, row_bounds, tile_pointers
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -151,11 +151,9 @@ def forward_kernel(
     # acc and row_sum both carry the factor 256 of P̃
     seen = row_sum > 0
     acc *= tl.where(seen, 1 / (row_sum * (tl.load(p_v_quant_scale + kv_head) * survival)), 0.0)[:, None]
-    dims = tl.arange(0, DP)
     valid = rows < n_queries
-    p_tile = p_out + batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h
-    p_tile += rows[:, None].to(tl.int64) * out_l + dims[None, :]
-    tl.store(p_tile, acc.to(p_out.dtype.element_ty), mask=valid[:, None] & (dims[None, :] < D))
+    p_tile = tile_pointers(p_out, batch, head, start_row, out_b, out_h, out_l, BM, DP)
+    tl.store(p_tile, acc.to(p_out.dtype.element_ty), mask=valid[:, None] & (tl.arange(0, DP)[None, :] < D))
     i_rows = i_head.to(tl.int64) * n_queries + rows
     tl.store(p_shift + i_rows, tl.where(seen, row_max * factor, 0.0) - PROBABILITY_LOG2, mask=valid)
     tl.store(p_row_sum + i_rows, row_sum * (1 / 256), mask=valid)

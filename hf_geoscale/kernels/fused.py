@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .backward import key_gradient_kernel, query_gradient_kernel, query_span_kernel
 from .forward import forward_kernel
-from .hadamard import hadamard_block
+from .hadamard import SIGNS_MAX, hadamard_block, hadamard_signs
 from .quantize import gradient_range_kernel, quantize_gradient_kernel, quantize_kernel, transpose_kernel
 from .tiles import SEQUENCE_PADDING, padded_head_dim, tiles_for
 
@@ -40,6 +40,10 @@ def _mix_width(dim: int, incoherent: bool) -> int:
     return hadamard_block(dim) if incoherent and hadamard_block(dim) > 1 else 0
 
 
+def _signs(dim: int, mix: int, device: torch.device) -> Tensor | None:
+    return hadamard_signs(min(padded_head_dim(dim), SIGNS_MAX), mix, device) if mix else None
+
+
 def _quantize(x: Tensor, quant_scale: Tensor, mix: int, counters, rows, columns, residual, norm) -> None:
     """Launch the quantising kernel for the outputs that are given (not None)."""
     batch, heads, length, dim = x.shape
@@ -47,7 +51,7 @@ def _quantize(x: Tensor, quant_scale: Tensor, mix: int, counters, rows, columns,
     grid = (triton.cdiv(padded if columns is not None else length, QUANTIZE_ROWS), batch * heads)
     amax, overflow = counters if counters is not None else (None, None)
     quantize_kernel[grid](
-        x, quant_scale, rows, columns, residual, norm, amax, overflow, *x.stride(), heads, length, padded,
+        x, quant_scale, _signs(dim, mix, x.device), rows, columns, residual, norm, amax, overflow, *x.stride(), heads, length, padded,
         D=dim, DP=padded_head_dim(dim), MIX=mix, ROWS=rows is not None, COLUMNS=columns is not None,
         RESIDUAL=residual is not None, COUNT=counters is not None, BLOCK=QUANTIZE_ROWS,
     )  # fmt: skip
@@ -222,13 +226,14 @@ def attention_backward(
     flags = {"CAUSAL": causal, "WINDOW": window > 0, "RANGES": key_range is not None, "HIGH": high}
     flags |= {"DROPOUT": dropout_p > 0, "GROUP": GRADIENT_ROWS, "D": dim, "DP": padded_dim, "MIX": mix}
 
+    signs = _signs(dim, mix, device)
     tile = tiles.query_gradient
     query_gradient_kernel[triton.cdiv(n_queries, tile.rows), batch * heads](
         _descriptor(q8, tile.rows, padded_dim), _descriptor(k8, tile.keys, padded_dim),
         _descriptor(k8_columns, padded_dim, tile.keys), _descriptor(residual, tile.keys, padded_dim),
         _descriptor(residual_columns, padded_dim, tile.keys), _descriptor(v8_rows, tile.keys, padded_dim),
         _descriptor(grad8, tile.rows, padded_dim), q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed,
-        shift, row_factor, row_delta, group, dq, gradient_overflow, *dq.stride()[:3], heads, kv_heads, n_queries, n_keys,
+        shift, row_factor, row_delta, group, signs, dq, gradient_overflow, *dq.stride()[:3], heads, kv_heads, n_queries, n_keys,
         n_groups, *scalars, BM=tile.rows, BN=tile.keys, COUNT=gradient_overflow is not None, STAGES=tile.stages, **flags,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -247,7 +252,7 @@ def attention_backward(
         _descriptor(v8_rows, tile.keys, padded_dim), _descriptor(grad8, tile.rows, padded_dim),
         _descriptor(grad8_columns, padded_dim, tile.rows), TensorDescriptor.from_tensor(group_shift.view(-1), [tile.rows]),
         TensorDescriptor.from_tensor(group_delta.view(-1), [tile.rows]), q_quant_scale, k_quant_scale, key_range, span,
-        dropout_seed, group, dk, dv, *dk.stride()[:3], heads, kv_heads, n_queries, n_keys, padded,
+        dropout_seed, group, signs, dk, dv, *dk.stride()[:3], heads, kv_heads, n_queries, n_keys, padded,
         n_groups, *scalars, BM=tile.rows, BN=tile.keys, TAIL=window > 0 or key_range is not None,
         STAGES=tile.stages, **flags, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

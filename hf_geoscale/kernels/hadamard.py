@@ -1,6 +1,12 @@
 """Orthonormal Hadamard mix over the head dimension: spreads outliers, cancels in q·k."""
 
+from functools import lru_cache
+
+import torch
 from torch import Tensor
+
+SIGNS_MAX = 128
+"""Widest matrix of signs that a kernel multiplies at once; a block of 256 adds one butterfly."""
 
 
 def hadamard_block(dim: int) -> int:
@@ -26,3 +32,15 @@ def hadamard(
         mixed = mixed.flatten(-3)
         half *= 2
     return mixed * block**-0.5
+
+
+@lru_cache(maxsize=64)
+def hadamard_signs(width: int, block: int, device: torch.device) -> Tensor:
+    """Block-diagonal matrix of ±1 (0 off the blocks), (width, width) bfloat16: what the fused kernels multiply by."""
+    index = torch.arange(width)
+    bits = index[:, None] & index[None, :]
+    for shift in (4, 2, 1):
+        bits ^= bits >> shift
+    signs = 1 - 2 * (bits & 1)
+    block = min(block, width)
+    return (signs * (index[:, None] // block == index[None, :] // block)).to(device=device, dtype=torch.bfloat16)

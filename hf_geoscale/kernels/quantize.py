@@ -42,6 +42,7 @@ def store_columns(p_out, x, i_head, start, n_padded, ROWS: tl.constexpr, D: tl.c
 def quantize_kernel(
     p_x,  # (B, H, L, D), any strides
     p_quant_scale,  # (H,)
+    p_hadamard,  # signs
     p_rows,  # (B, H, L, D) E4M3
     p_columns,  # (B, H, D, Lp) E4M3
     p_residual,  # (B, H, L, D) E4M3
@@ -72,7 +73,7 @@ def quantize_kernel(
     p_tile = p_x + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     x = tl.load(p_tile + rows[:, None].to(tl.int64) * stride_l + dims[None, :] * stride_d, mask=inside, other=0.0)
     if MIX:
-        x = mix(x, BLOCK, DP, MIX)
+        x = mix(x, p_hadamard, BLOCK, DP, MIX)
     x = x.to(tl.float32) * tl.load(p_quant_scale + head)
     x8 = to_e4m3(x)
     if ROWS:
@@ -226,7 +227,9 @@ def quantize_gradient_kernel(
     grad = load_folded_gradient(
         p_grad, p_row_sum, i_head, batch, head, rows, n_rows, stride_b, stride_h, stride_l, stride_d, D, DP
     )
-    i_group = i_head * n_groups + tl.minimum(start // GROUP, n_groups - 1)  # padding rows past the last group write zeros
+    i_group = i_head * n_groups + tl.minimum(
+        start // GROUP, n_groups - 1
+    )  # padding rows past the last group write zeros
     quant_scale = gradient_quant_scale(tl.load(p_range + i_group * 2))
     grad8 = to_e4m3(grad * quant_scale)
     store_rows(p_rows, grad8, i_head, rows, n_rows, D, DP)

@@ -6,9 +6,11 @@ into the rows of its key/value head (G·R rows), so keys are never repeated. Rou
 
 forward   q, k ← Hadamard (float32) · quant_scale → E4M3;  v · quant_scale → E4M3
           S = q8·k8ᵀ (float32) → P̃ = exp2(S_log2 − row maximum) → E4M3 as 256·P̃ → O = P̃8·v8 / Σ P̃ → output dtype
-backward  dO′ = dO / Σ P̃ → E4M3, scaled by the block's amax;  δ = rowsum(dO′8 · O);  S and P̃ again, from the same q8, k8
-          dS = P̃·(dO′8·v8ᵀ − δ) → E4M3, scaled by the bound 2·max‖dO′8 row‖·N_V
+backward  dO′ = dO / Σ P̃ → E4M3, scaled by its amax over GRADIENT_ROWS rows;  δ = rowsum(dO′8 · O);  S and P̃ again, from the
+          same q8, k8;  dS = P̃·(dO′8·v8ᵀ − δ) → E4M3 twice: for dQ scaled by the bound of its row, for dK by that of its group
           dV = P̃8ᵀ·dO′8, dQ = dS8·k8, dK = dS8ᵀ·q8 (float32) → Hadamard
+The bound of dS is Cauchy–Schwarz on what the matrix unit multiplies: 2·‖dO′8 row‖·max‖v8 row‖. Like dO′'s amax it is measured in the
+backward, where nothing can leak into a forward.
 """
 
 import math
@@ -29,8 +31,20 @@ PROBABILITY_QUANT_SCALE = 256.0
 RESIDUAL_GAIN = 16.0
 """The second FP8 term of k holds 16 × the first one's rounding error: at most half a unit in the last place, 16·16 = 256."""
 
-GRADIENT_MARGIN = 1 + E4M3.epsilon
-"""Widens the dS certificate for the rounding of v8 and P̃8 (half an E4M3 epsilon each), which its derivation takes as exact."""
+GRADIENT_ROWS = 2048
+"""Query rows that share the scale of dO′8, and of dS8 in dK: dK and dV are contracted over rows, so scales change between groups."""
+
+GRADIENT_AMAX_MIN = 2.0**-66
+"""Least amax of dO′ that still sets its scale: keeps the ratio of two groups' scales far from float32's limits."""
+
+LOGIT_GRADIENT_MARGIN = 1 + E4M3.epsilon
+"""Widens the bound of dS for the rounding of v8 and P̃8 (half an E4M3 epsilon each), which its derivation takes as exact."""
+
+LOGIT_GRADIENT_BOUND_MIN = 2.0**-20
+"""Below the product of the two least non-zero E4M3 norms (2⁻⁹ each): only an all-zero dO′ or v has a smaller bound."""
+
+ROUNDED_NORM_MARGIN = 1 + E4M3.epsilon / 2
+"""‖dO′8‖ ≤ this · ‖dO′·quant_scale‖ + √D/1024: half an E4M3 epsilon per normal value, half a subnormal step (2⁻¹⁰) below."""
 
 
 @dataclass(frozen=True)
@@ -178,18 +192,34 @@ def forward(
     return out, row_max, row_sum
 
 
-def quantize_output_gradient(
-    grad_rows: Tensor,  # (B, Hq, R, D) dO of one block of rows
+def fold_row_sum(
+    grad_rows: Tensor,  # (B, Hq, R, D) dO of some rows
     row_sum: Tensor,  # (B, Hq, R)
-) -> tuple[Tensor, Tensor]:
-    """dO′ = dO / Σ P̃ in E4M3 and its descale (B, Hq, 1, 1), from the block's amax: the one measured scale.
+) -> Tensor:
+    """dO′ = dO / Σ P̃, float32; 0 for rows that saw no key: (B, Hq, R, D)."""
+    return grad_rows.float() * torch.where(row_sum > 0, 1 / row_sum, 0.0)[..., None]
 
-    It is a gradient, so nothing leaks into the forward. Rows that saw no key get 0.
-    """
-    folded = grad_rows.float() * torch.where(row_sum > 0, 1 / row_sum, 0.0)[..., None]
-    amax = folded.abs().amax(dim=(2, 3), keepdim=True)
-    quant_scale = torch.where(amax > 0, E4M3.max / amax, 1.0)
-    return saturating_cast(folded * quant_scale), 1 / quant_scale
+
+def gradient_scales(
+    grad_out: Tensor,  # (B, Hq, Lq, D)
+    row_sum: Tensor,  # (B, Hq, Lq)
+) -> tuple[Tensor, Tensor]:
+    """quant_scale of dO′ and a bound on the row norms of dO′8, per group of GRADIENT_ROWS rows: both (B, Hq, groups)."""
+    amax, norm = [], []
+    for start in range(0, grad_out.shape[2], GRADIENT_ROWS):
+        rows = slice(start, start + GRADIENT_ROWS)
+        folded = fold_row_sum(grad_out[:, :, rows], row_sum[:, :, rows])
+        amax.append(folded.abs().amax(dim=(2, 3)))
+        norm.append(folded.norm(dim=-1).amax(-1))
+    quant_scale = E4M3.max / torch.stack(amax, -1).clamp_min(GRADIENT_AMAX_MIN)
+    rounding = grad_out.shape[-1] ** 0.5 / 1024
+    return quant_scale, torch.stack(norm, -1) * quant_scale * ROUNDED_NORM_MARGIN + rounding
+
+
+def logit_gradient_quant_scale(norm: Tensor, v_norm: Tensor, survival: float) -> Tensor:
+    """quant_scale of dS in units of dO′8·v8, from the bound 2 · ‖dO′8 row‖ · max‖v8 row‖; shapes broadcast."""
+    bound = norm * v_norm * (2 * LOGIT_GRADIENT_MARGIN / survival)
+    return E4M3.max / bound.clamp_min(LOGIT_GRADIENT_BOUND_MIN)
 
 
 def backward(
@@ -212,31 +242,36 @@ def backward(
         _per_head(x, heads) for x in (operands.q_descale, operands.k_descale, operands.v_descale)
     )
     survival = 1 - options.dropout_p
-    v_norm_bound = v_descale * E4M3.max  # N_V bounds the norm of v, not only its entries
+    v_norm = values.norm(dim=-1).amax(-1).repeat_interleave(groups[1], dim=1)[..., None]  # (B, Hq, 1)
+    do_quant_scales, group_norms = gradient_scales(grad_out, row_sum)
+    group_scales = logit_gradient_quant_scale(group_norms, v_norm, survival)
     for rows, columns, visible in visibility.blocks(device):
+        group = rows.start // GRADIENT_ROWS
         q_rows = operands.q8[:, :, rows].float()
         logits = _logits_log2(q_rows, keys[:, :, columns], operands, options)
         p = _probabilities(logits, visible, row_max[:, :, rows])
         p8 = saturating_cast(p * PROBABILITY_QUANT_SCALE).float()
-        do8, do_descale = quantize_output_gradient(grad_out[:, :, rows], row_sum[:, :, rows])
-        do8 = do8.float()
-        do = do8 * do_descale
-        delta = (do * out[:, :, rows].float()).sum(-1, keepdim=True)
-        dp = _unfold(_fold(do8, groups) @ values[:, :, columns].mT, groups) * (do_descale * v_descale / survival)
+        do_quant_scale = do_quant_scales[:, :, group, None, None]
+        do8 = saturating_cast(fold_row_sum(grad_out[:, :, rows], row_sum[:, :, rows]) * do_quant_scale).float()
+        delta = (do8 * out[:, :, rows].float()).sum(-1, keepdim=True) / v_descale
+        dp = _unfold(_fold(do8, groups) @ values[:, :, columns].mT, groups) / survival
         keep = _keep(options, batch, heads, rows, columns, device)
         if keep is not None:
             dp, p8 = dp * keep, p8 * keep
-        ds_bound = do.norm(dim=-1).amax(-1)[..., None, None] * v_norm_bound * (2 * GRADIENT_MARGIN / survival)
-        ds_quant_scale = torch.where(ds_bound > 0, E4M3.max / ds_bound, 1.0)
-        ds = p * (dp - delta) * ds_quant_scale
-        statistics.add_overflow(count_overflow(ds))
-        ds8 = saturating_cast(ds).float() * (options.softmax_scale / ds_quant_scale)
+        ds = p * (dp - delta)  # in units of dO′8·v8
+        row_scale = logit_gradient_quant_scale(do8.norm(dim=-1), v_norm, survival)[..., None]
+        group_scale = group_scales[:, :, group, None, None]
+        statistics.add_overflow(count_overflow(ds * row_scale) + count_overflow(ds * group_scale))
+        unit = v_descale / do_quant_scale * options.softmax_scale
+        ds8 = saturating_cast(ds * row_scale).float() * (unit / row_scale)
         dq[:, :, rows] = _unfold(_fold(ds8, groups) @ keys[:, :, columns], groups) * k_descale
+        ds8 = saturating_cast(ds * group_scale).float() * (unit / group_scale)
         dk[:, :, columns] += _fold(ds8, groups).mT @ _fold(q_rows * q_descale, groups)
-        dv[:, :, columns] += _fold(p8, groups).mT @ _fold(do / (PROBABILITY_QUANT_SCALE * survival), groups)
+        do = do8 / (do_quant_scale * PROBABILITY_QUANT_SCALE * survival)
+        dv[:, :, columns] += _fold(p8, groups).mT @ _fold(do, groups)
     if options.incoherent:
         dq, dk = hadamard(dq), hadamard(dk)
     return dq, dk, dv
 
 
-__all__ = ["Operands", "Options", "backward", "forward", "quantize", "quantize_output_gradient"]
+__all__ = ["Operands", "Options", "backward", "forward", "gradient_scales", "logit_gradient_quant_scale", "quantize"]

@@ -19,6 +19,13 @@ class AttentionStatistics:
         self.overflow: Tensor | None = None  # () int64: values beyond ±448 before a cast, forward and backward
         self.range_used: dict[str, Tensor] = {}
         self.logit_amax: Tensor | None = None
+        self._gradient_overflow: Tensor | None = None
+
+    def gradient_counter(self, device: torch.device) -> Tensor:
+        """(1,) int64 to which a fused backward adds its overflows, in place."""
+        if self._gradient_overflow is None or self._gradient_overflow.device != device:
+            self._gradient_overflow = torch.zeros(1, dtype=torch.int64, device=device)
+        return self._gradient_overflow
 
     def add_overflow(self, count: Tensor) -> None:
         self.overflow = count if self.overflow is None else self.overflow.to(count.device) + count
@@ -34,4 +41,5 @@ class AttentionStatistics:
     @property
     def overflows(self) -> int:
         """Overflow count as a number; waits for the device."""
-        return 0 if self.overflow is None else int(self.overflow)
+        counts = (self.overflow, self._gradient_overflow)
+        return sum(int(count) for count in counts if count is not None)

@@ -8,7 +8,7 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)  # whose `dot` multiplies bf
 E4M3_MAX = tl.constexpr(448.0)
 PROBABILITY_LOG2 = tl.constexpr(8.0)  # P̃ is stored as 256·P̃
 RESIDUAL_GAIN = tl.constexpr(16.0)
-MIX_WIDTH = tl.constexpr(128)  # widest Hadamard matrix multiplied at once
+MIX_WIDTH = tl.constexpr(128)  # widest Hadamard matrix multiplied at once: `hadamard.SIGNS_MAX`
 
 
 @triton.jit
@@ -136,26 +136,27 @@ def dropout_keep(
 
 
 @triton.jit
-def mix(x, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def mix(x, p_hadamard, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Orthonormal Hadamard mix of each BLOCK of the last dimension: (ROWS, DIM) → float32, as `hadamard.hadamard`.
 
-    A product with a matrix of ±1, exact in every input type; float32 input is split into three TF32 terms.
+    A product with a matrix of ±1 (`hadamard_signs`), exact in every input type; float32 input is split into three TF32 terms.
     """
     WIDTH: tl.constexpr = DIM if DIM < MIX_WIDTH else MIX_WIDTH
-    INNER: tl.constexpr = BLOCK if BLOCK < WIDTH else WIDTH
     row, column = tl.arange(0, WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
-    parity = row & column
-    parity ^= parity >> 4
-    parity ^= parity >> 2
-    parity ^= parity >> 1
-    sign = tl.where(parity & 1 == 1, -1.0, 1.0)
-    matrix = tl.where(row // INNER == column // INNER, sign, 0.0)
+    signs = tl.load(p_hadamard + row * WIDTH + column)
     x = tl.reshape(x, (ROWS * DIM // WIDTH, WIDTH))
     if INTERPRETED:
         x = x.to(tl.float32)
-    y = tl.dot(x, matrix.to(x.dtype), input_precision="tf32x3")
+    y = tl.dot(x, signs.to(x.dtype), input_precision="tf32x3")
     y = tl.reshape(y, (ROWS, DIM))
     if BLOCK > WIDTH:  # one more butterfly between the two halves
         even, odd = tl.split(tl.permute(tl.reshape(y, (ROWS, 2, WIDTH)), (0, 2, 1)))
         y = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), (ROWS, DIM))
     return y * (BLOCK**-0.5)
+
+
+@triton.jit
+def tile_pointers(p, batch, head, start, stride_b, stride_h, stride_l, ROWS: tl.constexpr, DP: tl.constexpr):
+    """Pointers to a tile (ROWS, DP) of a tensor (B, H, L, D), D contiguous: 64-bit base, 32-bit offsets inside the tile."""
+    base = p + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + start.to(tl.int64) * stride_l
+    return base + tl.arange(0, ROWS)[:, None] * stride_l + tl.arange(0, DP)[None, :]
