@@ -8,70 +8,8 @@ product is in flight makes the compiler serialise every matrix instruction (ptxa
 import triton
 import triton.language as tl
 
-from .forward import logit_factor
+from .forward import HIDDEN, logit_factor
 from .tile import RESIDUAL_GAIN, contraction_order, dropout_keep, key_span, mix, row_bounds, tile_pointers
-
-
-@triton.jit
-def query_tile(
-    dq,  # (BM, DP)
-    dq_residual,  # (BM, DP), with HIGH
-    ds_max,  # (BM,) of |dS8|, with COUNT
-    q,
-    grad,
-    d_k,
-    d_k_columns,
-    d_residual,
-    d_residual_columns,
-    d_v,
-    i_key_row,
-    i_column_row,
-    start_key,
-    factor,
-    shift,
-    row_factor,
-    row_delta,
-    first,
-    last,
-    seed,
-    threshold,
-    i_head,
-    start_row,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    HIGH: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    COUNT: tl.constexpr,
-    MASKED: tl.constexpr,
-    LOWER: tl.constexpr,
-):
-    k = d_k.load([i_key_row + start_key, 0])
-    v = d_v.load([i_key_row + start_key, 0])
-    s = tl.dot(q, k.T)
-    if HIGH:
-        residual = d_residual.load([i_key_row + start_key, 0])
-        s += tl.dot(q, residual.T) * (1 / RESIDUAL_GAIN)
-    dp = tl.dot(grad, v.T)
-    s_log2 = s * factor - shift[:, None]
-    if MASKED:
-        keys = start_key + tl.arange(0, BN)
-        visible = keys[None, :] < last[:, None]
-        if LOWER:
-            visible &= keys[None, :] >= first[:, None]
-        s_log2 = tl.where(visible, s_log2, -float("inf"))
-    p = tl.exp2(s_log2)
-    if DROPOUT:
-        dp = tl.where(dropout_keep(seed, threshold, i_head, start_row, start_key, BM, BN, False), dp, 0.0)
-    ds = p * (dp * row_factor[:, None] - row_delta[:, None])
-    if COUNT:
-        ds_max = tl.maximum(ds_max, tl.max(tl.abs(ds), 1))
-    ds8 = contraction_order(ds.to(tl.float8e4nv), BM, BN)  # |ds| ≤ 448 by its bound
-    k_columns = d_k_columns.load([i_column_row, start_key])
-    dq = tl.dot(ds8, k_columns.T, dq)
-    if HIGH:
-        residual_columns = d_residual_columns.load([i_column_row, start_key])
-        dq_residual = tl.dot(ds8, residual_columns.T, dq_residual)
-    return dq, dq_residual, ds_max
 
 
 @triton.jit
@@ -146,25 +84,32 @@ def query_gradient_kernel(
     dq = tl.zeros((BM, DP), tl.float32)
     dq_residual = tl.zeros((BM, DP), tl.float32)
     ds_max = tl.zeros((BM,), tl.float32)
-    if LOWER:
-        for start_key in tl.range(start, full_start, BN, num_stages=STAGES):
-            dq, dq_residual, ds_max = query_tile(
-                dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row,
-                i_column_row, start_key, factor, shift, row_factor, row_delta, first, last, seed, threshold, i_head,
-                start_row, BM, BN, HIGH, DROPOUT, COUNT, True, True,
-            )  # fmt: skip
-    for start_key in tl.range(full_start, full_stop, BN, num_stages=STAGES):
-        dq, dq_residual, ds_max = query_tile(
-            dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row,
-            i_column_row, start_key, factor, shift, row_factor, row_delta, first, last, seed, threshold, i_head,
-            start_row, BM, BN, HIGH, DROPOUT, COUNT, False, LOWER,
-        )  # fmt: skip
-    for start_key in tl.range(full_stop, stop, BN, num_stages=STAGES):
-        dq, dq_residual, ds_max = query_tile(
-            dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row,
-            i_column_row, start_key, factor, shift, row_factor, row_delta, first, last, seed, threshold, i_head,
-            start_row, BM, BN, HIGH, DROPOUT, COUNT, True, LOWER,
-        )  # fmt: skip
+    for start_key in tl.range(start, stop, BN, num_stages=STAGES):
+        k = d_k.load([i_key_row + start_key, 0])
+        v = d_v.load([i_key_row + start_key, 0])
+        s = tl.dot(q, k.T)
+        if HIGH:
+            residual = d_residual.load([i_key_row + start_key, 0])
+            s += tl.dot(q, residual.T) * (1 / RESIDUAL_GAIN)
+        dp = tl.dot(grad, v.T)
+        if (start_key < full_start) | (start_key >= full_stop):
+            keys = start_key + tl.arange(0, BN)
+            visible = keys[None, :] < last[:, None]
+            if LOWER:
+                visible &= keys[None, :] >= first[:, None]
+            s = tl.where(visible, s, HIDDEN)
+        p = tl.exp2(s * factor - shift[:, None])
+        if DROPOUT:
+            dp = tl.where(dropout_keep(seed, threshold, i_head, start_row, start_key, BM, BN, False), dp, 0.0)
+        ds = p * (dp * row_factor[:, None] - row_delta[:, None])
+        if COUNT:
+            ds_max = tl.maximum(ds_max, tl.max(tl.abs(ds), 1))
+        ds8 = contraction_order(ds.to(tl.float8e4nv), BM, BN)  # |ds| ≤ 448 by its bound
+        k_columns = d_k_columns.load([i_column_row, start_key])
+        dq = tl.dot(ds8, k_columns.T, dq)
+        if HIGH:
+            residual_columns = d_residual_columns.load([i_column_row, start_key])
+            dq_residual = tl.dot(ds8, residual_columns.T, dq_residual)
     if HIGH:
         dq += dq_residual * (1 / RESIDUAL_GAIN)
     i_group = i_head * n_groups + start_row // GROUP
@@ -182,75 +127,6 @@ def query_gradient_kernel(
 
 
 @triton.jit
-def key_tile(
-    dk,  # (BN, DP)
-    dv,  # (BN, DP)
-    k,
-    residual,
-    v,
-    d_q,
-    d_q_columns,
-    d_grad,
-    d_grad_columns,
-    d_shift,
-    d_delta,
-    i_query_row,
-    i_padded_row,
-    i_column_row,
-    start_row,
-    start_key,
-    factor,
-    group_factor,
-    batch,
-    p_range,
-    n_queries,
-    n_keys,
-    window,
-    seed,
-    threshold,
-    i_head,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    RANGES: tl.constexpr,
-    HIGH: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    q = d_q.load([i_query_row + start_row, 0])
-    grad = d_grad.load([i_query_row + start_row, 0])
-    s = tl.dot(k, q.T)  # transposed: (BN, BM)
-    if HIGH:
-        s += tl.dot(residual, q.T) * (1 / RESIDUAL_GAIN)
-    dp = tl.dot(v, grad.T)
-    shift = d_shift.load([i_padded_row + start_row])
-    s_log2 = s * factor - shift[None, :]
-    if MASKED:
-        rows, keys = start_row + tl.arange(0, BM), start_key + tl.arange(0, BN)
-        first, last = row_bounds(rows, batch, p_range, n_queries, n_keys, window, CAUSAL, WINDOW, RANGES)
-        visible = keys[:, None] < last[None, :]
-        if WINDOW or RANGES:
-            visible &= keys[:, None] >= first[None, :]
-        s_log2 = tl.where(visible, s_log2, -float("inf"))
-    p = tl.exp2(s_log2)
-    delta = d_delta.load([i_padded_row + start_row])
-    if DROPOUT:
-        keep = dropout_keep(seed, threshold, i_head, start_row, start_key, BM, BN, True)
-        ds = p * (tl.where(keep, dp, 0.0) * group_factor - delta[None, :])
-        p = tl.where(keep, p, 0.0)
-    else:
-        ds = p * (dp * group_factor - delta[None, :])
-    p8 = contraction_order(p.to(tl.float8e4nv), BN, BM)
-    ds8 = contraction_order(ds.to(tl.float8e4nv), BN, BM)
-    grad_columns = d_grad_columns.load([i_column_row, start_row])
-    q_columns = d_q_columns.load([i_column_row, start_row])
-    dv = tl.dot(p8, grad_columns.T, dv)
-    dk = tl.dot(ds8, q_columns.T, dk)
-    return dk, dv
-
-
-@triton.jit
 def query_span(
     start_key,
     n_queries,
@@ -261,7 +137,7 @@ def query_span(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Row tiles that see a block of keys: masked [start, full_start), unmasked [full_start, full_stop), masked [full_stop, stop)."""
+    """Rows [start, stop) that may see a block of keys, and [full_start, full_stop), whose tiles need no mask."""
     offset = n_keys - n_queries
     stop_key = tl.minimum(start_key + KEYS, n_keys)
     seen_from, all_from, seen_to = 0, 0, n_queries
@@ -293,7 +169,7 @@ def query_span_kernel(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """`query_span` for arbitrary ranges of keys per row: the longest first run of fully visible row tiles is unmasked."""
+    """`query_span` for arbitrary ranges of keys per row; unmasked is the first run of fully visible tiles."""
     block, batch = tl.program_id(0), tl.program_id(1)
     start_key = block * KEYS
     stop_key = tl.minimum(start_key + KEYS, n_keys)
@@ -360,7 +236,6 @@ def key_gradient_kernel(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     RANGES: tl.constexpr,
-    TAIL: tl.constexpr,  # a masked row tile may follow the unmasked ones
     HIGH: tl.constexpr,
     DROPOUT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -380,41 +255,55 @@ def key_gradient_kernel(
     residual = d_residual.load([i_kv * n_keys + start_key, 0]) if HIGH else k
     dk = tl.zeros((BN, DP), tl.float32)
     dv = tl.zeros((BN, DP), tl.float32)
-    dk_unit, dv_unit = 1.0, 1.0
-    heads_per_group = n_heads // n_kv_heads
-    for head in range(kv_head * heads_per_group, (kv_head + 1) * heads_per_group):
-        i_head = batch * n_heads + head
-        factor = logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale)
+    dk_unit, dv_unit, group_factor, factor = 1.0, 1.0, 1.0, 1.0
+    current = -1
+    first_head = batch * n_heads + kv_head * (n_heads // n_kv_heads)
+    tiles = tl.cdiv(stop - start, BM)  # per query head; one loop over all heads of the group keeps the pipeline full
+    for step in tl.range(0, tiles * (n_heads // n_kv_heads), num_stages=STAGES):
+        i_head = first_head + step // tiles
+        start_row = start + step % tiles * BM
         i_query_row, i_padded_row, i_column_row = i_head * n_queries, i_head * n_padded, i_head * D
-        for group in range(start // GROUP, tl.cdiv(stop, GROUP)):
-            # rows of one group share the scales of dO′8 and dS8, so the accumulators change units between groups only
-            p_scales = p_group + (i_head * n_groups + group) * 4
-            group_factor = tl.load(p_scales)
-            group_factor = group_factor / survival if DROPOUT else group_factor
-            new_dk_unit, new_dv_unit = tl.load(p_scales + 1), tl.load(p_scales + 2)
-            dk *= dk_unit / new_dk_unit
-            dv *= dv_unit / new_dv_unit
+        q = d_q.load([i_query_row + start_row, 0])
+        grad = d_grad.load([i_query_row + start_row, 0])
+        s = tl.dot(k, q.T)  # transposed: (BN, BM)
+        if HIGH:
+            s += tl.dot(residual, q.T) * (1 / RESIDUAL_GAIN)
+        dp = tl.dot(v, grad.T)
+        i_group = i_head * n_groups + start_row // GROUP
+        if (
+            i_group != current
+        ):  # rows of one group share the scales of dO′8 and dS8: accumulators change units in between
+            current = i_group
+            factor = logit_factor(p_q_quant_scale, p_k_quant_scale, i_head % n_heads, kv_head, softmax_scale)
+            group_factor = tl.load(p_group + i_group * 4)
+            if DROPOUT:
+                group_factor = group_factor / survival
+            new_dk_unit, new_dv_unit = tl.load(p_group + i_group * 4 + 1), tl.load(p_group + i_group * 4 + 2)
+            dk = dk * (dk_unit / new_dk_unit)
+            dv = dv * (dv_unit / new_dv_unit)
             dk_unit, dv_unit = new_dk_unit, new_dv_unit
-            low, high = group * GROUP, (group + 1) * GROUP
-            for start_row in tl.range(tl.maximum(start, low), tl.minimum(full_start, high), BM, num_stages=STAGES):
-                dk, dv = key_tile(
-                    dk, dv, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns, d_shift, d_delta, i_query_row,
-                    i_padded_row, i_column_row, start_row, start_key, factor, group_factor, batch, p_range, n_queries, n_keys, window,
-                    seed, threshold, i_head, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, True,
-                )  # fmt: skip
-            for start_row in tl.range(tl.maximum(full_start, low), tl.minimum(full_stop, high), BM, num_stages=STAGES):
-                dk, dv = key_tile(
-                    dk, dv, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns, d_shift, d_delta, i_query_row,
-                    i_padded_row, i_column_row, start_row, start_key, factor, group_factor, batch, p_range, n_queries, n_keys, window,
-                    seed, threshold, i_head, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, False,
-                )  # fmt: skip
-            if TAIL:
-                for start_row in tl.range(tl.maximum(full_stop, low), tl.minimum(stop, high), BM, num_stages=STAGES):
-                    dk, dv = key_tile(
-                        dk, dv, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns, d_shift, d_delta,
-                        i_query_row, i_padded_row, i_column_row, start_row, start_key, factor, group_factor, batch,
-                        p_range, n_queries, n_keys, window, seed, threshold, i_head, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, True,
-                    )  # fmt: skip
+        if (start_row < full_start) | (start_row >= full_stop):
+            rows, keys = start_row + tl.arange(0, BM), start_key + tl.arange(0, BN)
+            first, last = row_bounds(rows, batch, p_range, n_queries, n_keys, window, CAUSAL, WINDOW, RANGES)
+            visible = keys[:, None] < last[None, :]
+            if WINDOW or RANGES:
+                visible &= keys[:, None] >= first[None, :]
+            s = tl.where(visible, s, HIDDEN)
+        shift = d_shift.load([i_padded_row + start_row])
+        delta = d_delta.load([i_padded_row + start_row])
+        p = tl.exp2(s * factor - shift[None, :])
+        if DROPOUT:
+            keep = dropout_keep(seed, threshold, i_head, start_row, start_key, BM, BN, True)
+            ds = p * (tl.where(keep, dp, 0.0) * group_factor - delta[None, :])
+            p = tl.where(keep, p, 0.0)
+        else:
+            ds = p * (dp * group_factor - delta[None, :])
+        p8 = contraction_order(p.to(tl.float8e4nv), BN, BM)
+        ds8 = contraction_order(ds.to(tl.float8e4nv), BN, BM)
+        grad_columns = d_grad_columns.load([i_column_row, start_row])
+        q_columns = d_q_columns.load([i_column_row, start_row])
+        dv = tl.dot(p8, grad_columns.T, dv)
+        dk = tl.dot(ds8, q_columns.T, dk)
     dk *= dk_unit
     dv *= dv_unit
     if MIX:

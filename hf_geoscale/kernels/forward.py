@@ -7,6 +7,10 @@ from .tile import PROBABILITY_LOG2, RESIDUAL_GAIN, contraction_order, dropout_ke
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+HIDDEN = tl.constexpr(-float("inf"))
+NOTHING_SEEN = tl.constexpr(-(2.0**100))
+"""Row maximum before the first visible key: below any q8·k8 and finite, so that a hidden logit gives p = 0 and not ∞ − ∞."""
+
 
 @triton.jit
 def logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale):
@@ -53,18 +57,12 @@ def attend_tile(
         visible = keys[None, :] < last[:, None]
         if LOWER:
             visible &= keys[None, :] >= first[:, None]
-        if OBSERVE:
-            logit_max = tl.maximum(logit_max, tl.max(tl.where(visible, tl.abs(s), 0.0), 1))
-        s = tl.where(visible, s, -float("inf"))
-    elif OBSERVE:
-        logit_max = tl.maximum(logit_max, tl.max(tl.abs(s), 1))
+        s = tl.where(visible, s, HIDDEN)
+    if OBSERVE:
+        logit_max = tl.maximum(logit_max, tl.max(tl.where(s == HIDDEN, 0.0, tl.abs(s)), 1))
     new_max = tl.maximum(row_max, tl.max(s, 1))
-    if MASKED:  # a row that has seen no key yet: any finite shift gives p = 0
-        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-    else:
-        shift = new_max
-    p = tl.exp2(s * factor - (shift * factor - PROBABILITY_LOG2)[:, None])
-    rescale = tl.exp2((row_max - shift) * factor)
+    p = tl.exp2(s * factor - (new_max * factor - PROBABILITY_LOG2)[:, None])
+    rescale = tl.exp2((row_max - new_max) * factor)
     row_sum = row_sum * rescale + tl.sum(p, 1)
     acc = acc * rescale[:, None]
     if DROPOUT:
@@ -130,23 +128,24 @@ def forward_kernel(
     q = d_q.load([i_head * n_queries + start_row, 0])
     acc = tl.zeros((BM, DP), tl.float32)
     row_sum = tl.zeros((BM,), tl.float32)
-    row_max = tl.full((BM,), -float("inf"), tl.float32)
+    row_max = tl.full((BM,), NOTHING_SEEN, tl.float32)
     logit_max = tl.zeros((BM,), tl.float32)
+    # three loops: a branch inside one loop makes the compiler serialise the matrix products (ptxas C7515)
     if LOWER:
         for start_key in tl.range(start, full_start, BN, num_stages=STAGES):
             acc, row_sum, row_max, logit_max = attend_tile(
-                acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor,
-                first, last, seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, True, True,
+                acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, first, last,
+                seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, True, LOWER,
             )  # fmt: skip
     for start_key in tl.range(full_start, full_stop, BN, num_stages=STAGES):
         acc, row_sum, row_max, logit_max = attend_tile(
-            acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor,
-            first, last, seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, False, LOWER,
+            acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, first, last,
+            seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, False, LOWER,
         )  # fmt: skip
     for start_key in tl.range(full_stop, stop, BN, num_stages=STAGES):
         acc, row_sum, row_max, logit_max = attend_tile(
-            acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor,
-            first, last, seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, True, LOWER,
+            acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, first, last,
+            seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, True, LOWER,
         )  # fmt: skip
     # acc and row_sum both carry the factor 256 of P̃
     seen = row_sum > 0

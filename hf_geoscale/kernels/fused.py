@@ -253,7 +253,7 @@ def attention_backward(
         _descriptor(grad8_columns, padded_dim, tile.rows), TensorDescriptor.from_tensor(group_shift.view(-1), [tile.rows]),
         TensorDescriptor.from_tensor(group_delta.view(-1), [tile.rows]), q_quant_scale, k_quant_scale, key_range, span,
         dropout_seed, group, signs, dk, dv, *dk.stride()[:3], heads, kv_heads, n_queries, n_keys, padded,
-        n_groups, *scalars, BM=tile.rows, BN=tile.keys, TAIL=window > 0 or key_range is not None,
+        n_groups, *scalars, BM=tile.rows, BN=tile.keys,
         STAGES=tile.stages, **flags, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dq, dk, dv

@@ -7,7 +7,7 @@ from L to Lp. FP8 matrix units take no transposed operand, so each tensor is sto
 import triton
 import triton.language as tl
 
-from .tile import E4M3_MAX, RESIDUAL_GAIN, contraction_order, mix, sequence_order, to_e4m3
+from .tile import E4M3_MAX, RESIDUAL_GAIN, contracted_row, mix, to_e4m3
 
 GRADIENT_AMAX_MIN = tl.constexpr(2.0**-66)
 """Least amax of dO′ that still sets the scale: keeps ratios between the scales of two row groups far from float32's limits."""
@@ -31,11 +31,10 @@ def store_rows(p_out, x, i_head, rows, n_rows, D: tl.constexpr, DP: tl.constexpr
 
 @triton.jit
 def store_columns(p_out, x, i_head, start, n_padded, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """Store a tile (ROWS, DP) transposed, its rows in `contraction_order`."""
+    """Store a tile (ROWS, DP) whose rows were loaded in `contracted_row` order, transposed."""
     dims, columns = tl.arange(0, DP), start + tl.arange(0, ROWS)
-    x = contraction_order(tl.trans(x), DP, ROWS)
     p_tile = p_out + (i_head.to(tl.int64) * D + dims[:, None]) * n_padded + columns[None, :]
-    tl.store(p_tile, x, mask=dims[:, None] < D)
+    tl.store(p_tile, tl.trans(x), mask=dims[:, None] < D)
 
 
 @triton.jit
@@ -68,7 +67,7 @@ def quantize_kernel(
     i_head = tl.program_id(1)  # batch · n_heads + head
     batch, head = i_head // n_heads, i_head % n_heads
     start = tl.program_id(0) * BLOCK
-    rows, dims = start + tl.arange(0, BLOCK), tl.arange(0, DP)
+    rows, dims = contracted_row(start + tl.arange(0, BLOCK)), tl.arange(0, DP)
     inside = (rows[:, None] < n_rows) & (dims[None, :] < D)
     p_tile = p_x + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     x = tl.load(p_tile + rows[:, None].to(tl.int64) * stride_l + dims[None, :] * stride_d, mask=inside, other=0.0)
@@ -104,15 +103,16 @@ def transpose_kernel(
     BLOCK: tl.constexpr,
 ):
     i_head, start = tl.program_id(1), tl.program_id(0) * BLOCK
-    rows, dims = start + tl.arange(0, BLOCK), tl.arange(0, DP)
+    rows, dims = contracted_row(start + tl.arange(0, BLOCK)), tl.arange(0, DP)
     if TO_COLUMNS:
         inside = (rows[:, None] < n_rows) & (dims[None, :] < D)
         p_tile = p_rows + (i_head.to(tl.int64) * n_rows + rows[:, None]) * D + dims[None, :]
         store_columns(p_columns, tl.load(p_tile, mask=inside, other=0.0), i_head, start, n_padded, BLOCK, D, DP)
     else:
-        p_tile = p_columns + (i_head.to(tl.int64) * D + dims[:, None]) * n_padded + rows[None, :]
+        columns = start + tl.arange(0, BLOCK)
+        p_tile = p_columns + (i_head.to(tl.int64) * D + dims[:, None]) * n_padded + columns[None, :]
         x = tl.load(p_tile, mask=dims[:, None] < D, other=0.0)
-        store_rows(p_rows, tl.trans(sequence_order(x, DP, BLOCK)), i_head, rows, n_rows, D, DP)
+        store_rows(p_rows, tl.trans(x), i_head, rows, n_rows, D, DP)
 
 
 @triton.jit
@@ -222,7 +222,7 @@ def quantize_gradient_kernel(
     i_head, start = tl.program_id(1), tl.program_id(0) * BLOCK
     batch, head = i_head // n_heads, i_head % n_heads
     kv_head = head // (n_heads // n_kv_heads)
-    rows, dims = start + tl.arange(0, BLOCK), tl.arange(0, DP)
+    rows, dims = contracted_row(start + tl.arange(0, BLOCK)), tl.arange(0, DP)
     valid = rows < n_rows
     grad = load_folded_gradient(
         p_grad, p_row_sum, i_head, batch, head, rows, n_rows, stride_b, stride_h, stride_l, stride_d, D, DP

@@ -25,11 +25,9 @@ def contraction_order(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def sequence_order(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Inverse of `contraction_order`."""
-    x = tl.reshape(x, (ROWS, COLUMNS // 16, 4, 2, 2))
-    x = tl.permute(x, (0, 1, 3, 2, 4))
-    return tl.reshape(x, (ROWS, COLUMNS))
+def contracted_row(position):
+    """Which row of the sequence enters a product at a position, in the order of `contraction_order`."""
+    return (position & -16) | (((position >> 1) & 1) << 3) | (((position >> 2) & 3) << 1) | (position & 1)
 
 
 @triton.jit
@@ -81,7 +79,7 @@ def key_span(
     WINDOW: tl.constexpr,
     RANGES: tl.constexpr,
 ):
-    """Key tiles of a block of rows: masked [start, full_start), unmasked [full_start, full_stop), masked [full_stop, stop)."""
+    """Keys [start, stop) that a block of rows may see, and [full_start, full_stop), whose tiles need no mask."""
     if RANGES:
         valid = rows < n_queries
         seen_from = tl.min(tl.where(valid & (first < last), first, n_keys))
