@@ -9,7 +9,78 @@ import triton
 import triton.language as tl
 
 from .forward import HIDDEN, logit_factor
-from .tile import RESIDUAL_GAIN, contraction_order, dropout_keep, key_span, mix, row_bounds, tile_pointers
+from .tile import (
+    RESIDUAL_GAIN,
+    contraction_order,
+    dropout_keep,
+    key_span,
+    masked_tile,
+    masked_tiles,
+    mix,
+    row_bounds,
+    tile_pointers,
+)
+
+
+@triton.jit
+def query_tile(
+    dq,  # (BM, DP)
+    dq_residual,  # (BM, DP), with HIGH
+    ds_max,  # (BM,) of |dS8|, with COUNT
+    q,
+    grad,
+    d_k,
+    d_k_columns,
+    d_residual,
+    d_residual_columns,
+    d_v,
+    i_key_row,
+    i_column_row,
+    start_key,
+    factor,
+    shift,
+    row_factor,
+    row_delta,
+    first,
+    last,
+    seed,
+    threshold,
+    i_head,
+    start_row,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HIGH: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    COUNT: tl.constexpr,
+    MASKED: tl.constexpr,
+    LOWER: tl.constexpr,
+):
+    k = d_k.load([i_key_row + start_key, 0])
+    v = d_v.load([i_key_row + start_key, 0])
+    s = tl.dot(q, k.T)
+    if HIGH:
+        residual = d_residual.load([i_key_row + start_key, 0])
+        s += tl.dot(q, residual.T) * (1 / RESIDUAL_GAIN)
+    dp = tl.dot(grad, v.T)
+    if MASKED:
+        keys = start_key + tl.arange(0, BN)
+        visible = keys[None, :] < last[:, None]
+        if LOWER:
+            visible &= keys[None, :] >= first[:, None]
+        s = tl.where(visible, s, HIDDEN)
+    p = tl.exp2(s * factor - shift[:, None])
+    if DROPOUT:
+        dp = tl.where(dropout_keep(seed, threshold, i_head, start_row, start_key, BM, BN, False), dp, 0.0)
+    ds = p * (dp * row_factor[:, None] - row_delta[:, None])
+    if COUNT:
+        ds_max = tl.maximum(ds_max, tl.max(tl.abs(ds), 1))
+    ds8 = contraction_order(ds.to(tl.float8e4nv), BM, BN)  # |ds| ≤ 448 by its bound
+    k_columns = d_k_columns.load([i_column_row, start_key])
+    dq = tl.dot(ds8, k_columns.T, dq)
+    if HIGH:
+        residual_columns = d_residual_columns.load([i_column_row, start_key])
+        dq_residual = tl.dot(ds8, residual_columns.T, dq_residual)
+    return dq, dq_residual, ds_max
 
 
 @triton.jit
@@ -84,32 +155,19 @@ def query_gradient_kernel(
     dq = tl.zeros((BM, DP), tl.float32)
     dq_residual = tl.zeros((BM, DP), tl.float32)
     ds_max = tl.zeros((BM,), tl.float32)
-    for start_key in tl.range(start, stop, BN, num_stages=STAGES):
-        k = d_k.load([i_key_row + start_key, 0])
-        v = d_v.load([i_key_row + start_key, 0])
-        s = tl.dot(q, k.T)
-        if HIGH:
-            residual = d_residual.load([i_key_row + start_key, 0])
-            s += tl.dot(q, residual.T) * (1 / RESIDUAL_GAIN)
-        dp = tl.dot(grad, v.T)
-        if (start_key < full_start) | (start_key >= full_stop):
-            keys = start_key + tl.arange(0, BN)
-            visible = keys[None, :] < last[:, None]
-            if LOWER:
-                visible &= keys[None, :] >= first[:, None]
-            s = tl.where(visible, s, HIDDEN)
-        p = tl.exp2(s * factor - shift[:, None])
-        if DROPOUT:
-            dp = tl.where(dropout_keep(seed, threshold, i_head, start_row, start_key, BM, BN, False), dp, 0.0)
-        ds = p * (dp * row_factor[:, None] - row_delta[:, None])
-        if COUNT:
-            ds_max = tl.maximum(ds_max, tl.max(tl.abs(ds), 1))
-        ds8 = contraction_order(ds.to(tl.float8e4nv), BM, BN)  # |ds| ≤ 448 by its bound
-        k_columns = d_k_columns.load([i_column_row, start_key])
-        dq = tl.dot(ds8, k_columns.T, dq)
-        if HIGH:
-            residual_columns = d_residual_columns.load([i_column_row, start_key])
-            dq_residual = tl.dot(ds8, residual_columns.T, dq_residual)
+    for step in tl.range(0, masked_tiles(start, full_start, full_stop, stop, BN), num_stages=STAGES):
+        start_key = masked_tile(step, start, full_start, full_stop, BN)
+        dq, dq_residual, ds_max = query_tile(
+            dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row, i_column_row,
+            start_key, factor, shift, row_factor, row_delta, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH,
+            DROPOUT, COUNT, True, LOWER,
+        )  # fmt: skip
+    for start_key in tl.range(full_start, full_stop, BN, num_stages=STAGES):
+        dq, dq_residual, ds_max = query_tile(
+            dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row, i_column_row,
+            start_key, factor, shift, row_factor, row_delta, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH,
+            DROPOUT, COUNT, False, LOWER,
+        )  # fmt: skip
     if HIGH:
         dq += dq_residual * (1 / RESIDUAL_GAIN)
     i_group = i_head * n_groups + start_row // GROUP
@@ -186,12 +244,105 @@ def query_span_kernel(
         full_stop = tl.where(ended, start_row, full_stop)
     stop = tl.maximum(tl.minimum(stop, n_queries), start)
     full_start = tl.minimum(full_start, tl.cdiv(stop, ROWS) * ROWS)
-    full_stop = tl.maximum(tl.minimum(full_stop, n_queries // ROWS * ROWS), full_start)
+    full_stop = tl.minimum(full_stop, tl.minimum(n_queries // ROWS * ROWS, tl.cdiv(stop, ROWS) * ROWS))
+    full_stop = tl.maximum(full_stop, full_start)
     p_block = p_span + (batch * n_blocks + block) * 4
     tl.store(p_block, start)
     tl.store(p_block + 1, full_start)
     tl.store(p_block + 2, full_stop)
     tl.store(p_block + 3, stop)
+
+
+@triton.jit
+def key_tile(
+    dk,  # (BN, DP)
+    dv,  # (BN, DP)
+    dk_unit,  # real value of one unit of dk, of dv
+    dv_unit,
+    group_factor,
+    factor,
+    current,  # the row group these four belong to
+    k,
+    residual,
+    v,
+    d_q,
+    d_q_columns,
+    d_grad,
+    d_grad_columns,
+    d_shift,
+    d_delta,
+    p_q_quant_scale,
+    p_k_quant_scale,
+    p_group,
+    p_range,
+    i_head,
+    start_row,
+    start_key,
+    batch,
+    n_heads,
+    kv_head,
+    n_queries,
+    n_keys,
+    n_padded,
+    n_groups,
+    window,
+    softmax_scale,
+    survival,
+    seed,
+    threshold,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RANGES: tl.constexpr,
+    HIGH: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    q = d_q.load([i_head * n_queries + start_row, 0])
+    grad = d_grad.load([i_head * n_queries + start_row, 0])
+    s = tl.dot(k, q.T)  # transposed: (BN, BM)
+    if HIGH:
+        s += tl.dot(residual, q.T) * (1 / RESIDUAL_GAIN)
+    dp = tl.dot(v, grad.T)
+    i_group = i_head * n_groups + start_row // GROUP
+    if (
+        i_group != current
+    ):  # rows of one group share the scales of dO′8 and dS8: the accumulators change units in between
+        current = i_group
+        factor = logit_factor(p_q_quant_scale, p_k_quant_scale, i_head % n_heads, kv_head, softmax_scale)
+        group_factor = tl.load(p_group + i_group * 4)
+        if DROPOUT:
+            group_factor = group_factor / survival
+        new_dk_unit, new_dv_unit = tl.load(p_group + i_group * 4 + 1), tl.load(p_group + i_group * 4 + 2)
+        dk = dk * (dk_unit / new_dk_unit)
+        dv = dv * (dv_unit / new_dv_unit)
+        dk_unit, dv_unit = new_dk_unit, new_dv_unit
+    if MASKED:
+        rows, keys = start_row + tl.arange(0, BM), start_key + tl.arange(0, BN)
+        first, last = row_bounds(rows, batch, p_range, n_queries, n_keys, window, CAUSAL, WINDOW, RANGES)
+        visible = keys[:, None] < last[None, :]
+        if WINDOW or RANGES:
+            visible &= keys[:, None] >= first[None, :]
+        s = tl.where(visible, s, HIDDEN)
+    shift = d_shift.load([i_head * n_padded + start_row])
+    delta = d_delta.load([i_head * n_padded + start_row])
+    p = tl.exp2(s * factor - shift[None, :])
+    if DROPOUT:
+        keep = dropout_keep(seed, threshold, i_head, start_row, start_key, BM, BN, True)
+        ds = p * (tl.where(keep, dp, 0.0) * group_factor - delta[None, :])
+        p = tl.where(keep, p, 0.0)
+    else:
+        ds = p * (dp * group_factor - delta[None, :])
+    p8 = contraction_order(p.to(tl.float8e4nv), BN, BM)
+    ds8 = contraction_order(ds.to(tl.float8e4nv), BN, BM)
+    grad_columns = d_grad_columns.load([i_head * D, start_row])
+    q_columns = d_q_columns.load([i_head * D, start_row])
+    dv = tl.dot(p8, grad_columns.T, dv)
+    dk = tl.dot(ds8, q_columns.T, dk)
+    return dk, dv, dk_unit, dv_unit, group_factor, factor, current
 
 
 @triton.jit
@@ -257,53 +408,27 @@ def key_gradient_kernel(
     dv = tl.zeros((BN, DP), tl.float32)
     dk_unit, dv_unit, group_factor, factor = 1.0, 1.0, 1.0, 1.0
     current = -1
-    first_head = batch * n_heads + kv_head * (n_heads // n_kv_heads)
-    tiles = tl.cdiv(stop - start, BM)  # per query head; one loop over all heads of the group keeps the pipeline full
-    for step in tl.range(0, tiles * (n_heads // n_kv_heads), num_stages=STAGES):
-        i_head = first_head + step // tiles
-        start_row = start + step % tiles * BM
-        i_query_row, i_padded_row, i_column_row = i_head * n_queries, i_head * n_padded, i_head * D
-        q = d_q.load([i_query_row + start_row, 0])
-        grad = d_grad.load([i_query_row + start_row, 0])
-        s = tl.dot(k, q.T)  # transposed: (BN, BM)
-        if HIGH:
-            s += tl.dot(residual, q.T) * (1 / RESIDUAL_GAIN)
-        dp = tl.dot(v, grad.T)
-        i_group = i_head * n_groups + start_row // GROUP
-        if (
-            i_group != current
-        ):  # rows of one group share the scales of dO′8 and dS8: accumulators change units in between
-            current = i_group
-            factor = logit_factor(p_q_quant_scale, p_k_quant_scale, i_head % n_heads, kv_head, softmax_scale)
-            group_factor = tl.load(p_group + i_group * 4)
-            if DROPOUT:
-                group_factor = group_factor / survival
-            new_dk_unit, new_dv_unit = tl.load(p_group + i_group * 4 + 1), tl.load(p_group + i_group * 4 + 2)
-            dk = dk * (dk_unit / new_dk_unit)
-            dv = dv * (dv_unit / new_dv_unit)
-            dk_unit, dv_unit = new_dk_unit, new_dv_unit
-        if (start_row < full_start) | (start_row >= full_stop):
-            rows, keys = start_row + tl.arange(0, BM), start_key + tl.arange(0, BN)
-            first, last = row_bounds(rows, batch, p_range, n_queries, n_keys, window, CAUSAL, WINDOW, RANGES)
-            visible = keys[:, None] < last[None, :]
-            if WINDOW or RANGES:
-                visible &= keys[:, None] >= first[None, :]
-            s = tl.where(visible, s, HIDDEN)
-        shift = d_shift.load([i_padded_row + start_row])
-        delta = d_delta.load([i_padded_row + start_row])
-        p = tl.exp2(s * factor - shift[None, :])
-        if DROPOUT:
-            keep = dropout_keep(seed, threshold, i_head, start_row, start_key, BM, BN, True)
-            ds = p * (tl.where(keep, dp, 0.0) * group_factor - delta[None, :])
-            p = tl.where(keep, p, 0.0)
-        else:
-            ds = p * (dp * group_factor - delta[None, :])
-        p8 = contraction_order(p.to(tl.float8e4nv), BN, BM)
-        ds8 = contraction_order(ds.to(tl.float8e4nv), BN, BM)
-        grad_columns = d_grad_columns.load([i_column_row, start_row])
-        q_columns = d_q_columns.load([i_column_row, start_row])
-        dv = tl.dot(p8, grad_columns.T, dv)
-        dk = tl.dot(ds8, q_columns.T, dk)
+    heads = n_heads // n_kv_heads
+    first_head = batch * n_heads + kv_head * heads
+    # each loop runs over all query heads of the group, so that the pipeline fills twice and not once a head
+    n_masked = masked_tiles(start, full_start, full_stop, stop, BM)
+    for step in tl.range(0, n_masked * heads, num_stages=STAGES):
+        start_row = masked_tile(step % n_masked, start, full_start, full_stop, BM)
+        dk, dv, dk_unit, dv_unit, group_factor, factor, current = key_tile(
+            dk, dv, dk_unit, dv_unit, group_factor, factor, current, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns,
+            d_shift, d_delta, p_q_quant_scale, p_k_quant_scale, p_group, p_range, first_head + step // n_masked, start_row, start_key, batch,
+            n_heads, kv_head, n_queries, n_keys, n_padded, n_groups, window, softmax_scale, survival, seed, threshold, GROUP,
+            D, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, True,
+        )  # fmt: skip
+    n_full = (full_stop - full_start) // BM
+    for step in tl.range(0, n_full * heads, num_stages=STAGES):
+        start_row = full_start + step % n_full * BM
+        dk, dv, dk_unit, dv_unit, group_factor, factor, current = key_tile(
+            dk, dv, dk_unit, dv_unit, group_factor, factor, current, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns,
+            d_shift, d_delta, p_q_quant_scale, p_k_quant_scale, p_group, p_range, first_head + step // n_full, start_row, start_key, batch,
+            n_heads, kv_head, n_queries, n_keys, n_padded, n_groups, window, softmax_scale, survival, seed, threshold, GROUP,
+            D, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, False,
+        )  # fmt: skip
     dk *= dk_unit
     dv *= dv_unit
     if MIX:

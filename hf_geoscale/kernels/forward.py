@@ -3,7 +3,17 @@
 import triton
 import triton.language as tl
 
-from .tile import PROBABILITY_LOG2, RESIDUAL_GAIN, contraction_order, dropout_keep, key_span, row_bounds, tile_pointers
+from .tile import (
+    PROBABILITY_LOG2,
+    RESIDUAL_GAIN,
+    contraction_order,
+    dropout_keep,
+    key_span,
+    masked_tile,
+    masked_tiles,
+    row_bounds,
+    tile_pointers,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -130,22 +140,17 @@ def forward_kernel(
     row_sum = tl.zeros((BM,), tl.float32)
     row_max = tl.full((BM,), NOTHING_SEEN, tl.float32)
     logit_max = tl.zeros((BM,), tl.float32)
-    # three loops: a branch inside one loop makes the compiler serialise the matrix products (ptxas C7515)
-    if LOWER:
-        for start_key in tl.range(start, full_start, BN, num_stages=STAGES):
-            acc, row_sum, row_max, logit_max = attend_tile(
-                acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, first, last,
-                seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, True, LOWER,
-            )  # fmt: skip
+    # two loops: a branch on the mask inside one makes the compiler serialise the matrix products (ptxas C7515)
+    for step in tl.range(0, masked_tiles(start, full_start, full_stop, stop, BN), num_stages=STAGES):
+        start_key = masked_tile(step, start, full_start, full_stop, BN)
+        acc, row_sum, row_max, logit_max = attend_tile(
+            acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, first, last,
+            seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, True, LOWER,
+        )  # fmt: skip
     for start_key in tl.range(full_start, full_stop, BN, num_stages=STAGES):
         acc, row_sum, row_max, logit_max = attend_tile(
             acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, first, last,
             seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, False, LOWER,
-        )  # fmt: skip
-    for start_key in tl.range(full_stop, stop, BN, num_stages=STAGES):
-        acc, row_sum, row_max, logit_max = attend_tile(
-            acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, first, last,
-            seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, True, LOWER,
         )  # fmt: skip
     # acc and row_sum both carry the factor 256 of P̃
     seen = row_sum > 0

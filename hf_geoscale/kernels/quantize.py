@@ -33,8 +33,8 @@ def store_rows(p_out, x, i_head, rows, n_rows, D: tl.constexpr, DP: tl.constexpr
 def store_columns(p_out, x, i_head, start, n_padded, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """Store a tile (ROWS, DP) whose rows were loaded in `contracted_row` order, transposed."""
     dims, columns = tl.arange(0, DP), start + tl.arange(0, ROWS)
-    p_tile = p_out + (i_head.to(tl.int64) * D + dims[:, None]) * n_padded + columns[None, :]
-    tl.store(p_tile, tl.trans(x), mask=dims[:, None] < D)
+    p_tile = p_out + (i_head.to(tl.int64) * D + dims[None, :]) * n_padded + columns[:, None]
+    tl.store(p_tile, x, mask=dims[None, :] < D)
 
 
 @triton.jit
