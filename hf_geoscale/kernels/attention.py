@@ -84,8 +84,9 @@ def _fused(
     if key_range is not None:
         key_range = key_range.to(device=device, dtype=torch.int32).contiguous()
     observe = statistics is not None and statistics.observe_logits
+    operands = [x.bfloat16() if x.dtype == torch.float32 else x for x in (query, key, value)]
     out, shift, row_sum, *_, amax, overflow, logit_max = fused.attention_forward(
-        query, key, value, *scales, key_range, dropout_seed, statistics.gradient_counter(device) if observe else None,
+        *operands, *scales, key_range, dropout_seed, statistics.gradient_counter(device) if observe else None,
         softmax_scale, visibility.causal, visibility.window or 0, dropout_p, incoherent, precision == "high",
         statistics is not None, observe,
     )  # fmt: skip
@@ -96,7 +97,7 @@ def _fused(
             statistics.add_range(name, used)
         if observe:
             statistics.add_logits(logit_max)
-    return out, fused.lse(shift, row_sum)
+    return out.to(query.dtype), fused.lse(shift, row_sum)
 
 
 def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -149,7 +150,8 @@ def fp8_attention(
     """Softmax attention with E4M3 operands, differentiable with E4M3 gradients; data flow in `kernels/reference.py`.
 
     Args:
-        query, key, value: float32, bfloat16 or float16, any strides, RoPE already applied. Hq is a multiple of Hkv.
+        query, key, value: float32, bfloat16 or float16, any strides, RoPE already applied. Hq is a multiple of Hkv. "triton"
+            rounds float32 to bfloat16 first.
         q_quant_scale, k_quant_scale, v_quant_scale: float32 factors real → FP8 per head. 448/quant_scale must bound the
             2-norm of every row: v's also bounds the gradient of the logits.
         softmax_scale: factor on q·k; default D^-½.

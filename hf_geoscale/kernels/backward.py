@@ -13,6 +13,7 @@ from .tile import (
     RESIDUAL_GAIN,
     contraction_order,
     dropout_keep,
+    heaviest_first,
     key_span,
     masked_tile,
     masked_tiles,
@@ -131,8 +132,8 @@ def query_gradient_kernel(
     STAGES: tl.constexpr,
 ):
     LOWER: tl.constexpr = WINDOW or RANGES
-    start_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    i_head = tl.program_id(1)
+    block, i_head = heaviest_first(tl.cdiv(n_queries, BM))
+    start_row = (tl.cdiv(n_queries, BM) - 1 - block) * BM
     batch, head = i_head // n_heads, i_head % n_heads
     kv_head = head // (n_heads // n_kv_heads)
     i_kv = batch * n_kv_heads + kv_head
@@ -155,18 +156,24 @@ def query_gradient_kernel(
     dq = tl.zeros((BM, DP), tl.float32)
     dq_residual = tl.zeros((BM, DP), tl.float32)
     ds_max = tl.zeros((BM,), tl.float32)
-    for step in tl.range(0, masked_tiles(start, full_start, full_stop, stop, BN), num_stages=STAGES):
-        start_key = masked_tile(step, start, full_start, full_stop, BN)
-        dq, dq_residual, ds_max = query_tile(
-            dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row, i_column_row,
-            start_key, factor, shift, row_factor, row_delta, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH,
-            DROPOUT, COUNT, True, LOWER,
-        )  # fmt: skip
+    if LOWER:
+        for start_key in tl.range(start, full_start, BN, num_stages=STAGES):
+            dq, dq_residual, ds_max = query_tile(
+                dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row, i_column_row,
+                start_key, factor, shift, row_factor, row_delta, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH,
+                DROPOUT, COUNT, True, LOWER,
+            )  # fmt: skip
     for start_key in tl.range(full_start, full_stop, BN, num_stages=STAGES):
         dq, dq_residual, ds_max = query_tile(
             dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row, i_column_row,
             start_key, factor, shift, row_factor, row_delta, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH,
             DROPOUT, COUNT, False, LOWER,
+        )  # fmt: skip
+    for start_key in tl.range(full_stop, stop, BN, num_stages=STAGES):
+        dq, dq_residual, ds_max = query_tile(
+            dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row, i_column_row,
+            start_key, factor, shift, row_factor, row_delta, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH,
+            DROPOUT, COUNT, True, LOWER,
         )  # fmt: skip
     if HIGH:
         dq += dq_residual * (1 / RESIDUAL_GAIN)
@@ -231,21 +238,20 @@ def query_span_kernel(
     block, batch = tl.program_id(0), tl.program_id(1)
     start_key = block * KEYS
     stop_key = tl.minimum(start_key + KEYS, n_keys)
-    start, full_start, full_stop, stop = n_queries, n_queries, n_queries, 0
+    beyond = tl.cdiv(n_queries, ROWS) * ROWS
+    start, full_start, full_stop, stop = beyond, beyond, beyond, 0
     for start_row in range(0, n_queries, ROWS):
         rows = start_row + tl.arange(0, ROWS)
         first, last = row_bounds(rows, batch, p_range, n_queries, n_keys, window, CAUSAL, WINDOW, True)
-        some = tl.max(((first < stop_key) & (last > start_key) & (first < last)).to(tl.int32))
-        every = tl.min(((first <= start_key) & (last >= stop_key)).to(tl.int32))
-        start = tl.where((some == 1) & (start == n_queries), start_row, start)
-        stop = tl.where(some == 1, start_row + ROWS, stop)
-        full_start = tl.where((every == 1) & (full_start == n_queries), start_row, full_start)
-        ended = (every == 0) & (full_start < n_queries) & (full_stop == n_queries)
-        full_stop = tl.where(ended, start_row, full_stop)
-    stop = tl.maximum(tl.minimum(stop, n_queries), start)
-    full_start = tl.minimum(full_start, tl.cdiv(stop, ROWS) * ROWS)
-    full_stop = tl.minimum(full_stop, tl.minimum(n_queries // ROWS * ROWS, tl.cdiv(stop, ROWS) * ROWS))
-    full_stop = tl.maximum(full_stop, full_start)
+        some = tl.max(((first < stop_key) & (last > start_key) & (first < last)).to(tl.int32)) == 1
+        every = tl.min(((first <= start_key) & (last >= stop_key)).to(tl.int32)) == 1
+        start = tl.where(some & (start == beyond), start_row, start)
+        stop = tl.where(some, start_row + ROWS, stop)
+        full_start = tl.where(every & (full_start == beyond), start_row, full_start)
+        full_stop = tl.where((~every) & (full_start < beyond) & (full_stop == beyond), start_row, full_stop)
+    stop = tl.maximum(stop, start)  # all four are multiples of ROWS
+    full_start = tl.minimum(full_start, stop)
+    full_stop = tl.minimum(full_stop, stop)
     p_block = p_span + (batch * n_blocks + block) * 4
     tl.store(p_block, start)
     tl.store(p_block + 1, full_start)
@@ -391,12 +397,12 @@ def key_gradient_kernel(
     DROPOUT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    block, i_kv = tl.program_id(0), tl.program_id(1)
+    block, i_kv = heaviest_first(tl.cdiv(n_keys, BN))
     start_key = block * BN
     batch, kv_head = i_kv // n_kv_heads, i_kv % n_kv_heads
     seed = tl.load(p_seed) if DROPOUT else 0
     if RANGES:
-        p_block = p_span + (batch * tl.num_programs(0) + block) * 4
+        p_block = p_span + (batch * tl.cdiv(n_keys, BN) + block) * 4
         start, full_start = tl.load(p_block), tl.load(p_block + 1)
         full_stop, stop = tl.load(p_block + 2), tl.load(p_block + 3)
     else:

@@ -8,9 +8,8 @@ from .tile import (
     RESIDUAL_GAIN,
     contraction_order,
     dropout_keep,
+    heaviest_first,
     key_span,
-    masked_tile,
-    masked_tiles,
     row_bounds,
     tile_pointers,
 )
@@ -122,8 +121,8 @@ def forward_kernel(
     STAGES: tl.constexpr,
 ):
     LOWER: tl.constexpr = WINDOW or RANGES
-    start_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # heaviest causal rows first
-    i_head = tl.program_id(1)
+    block, i_head = heaviest_first(tl.cdiv(n_queries, BM))
+    start_row = (tl.cdiv(n_queries, BM) - 1 - block) * BM
     batch, head = i_head // n_heads, i_head % n_heads
     kv_head = head // (n_heads // n_kv_heads)
     i_kv = batch * n_kv_heads + kv_head
@@ -140,17 +139,22 @@ def forward_kernel(
     row_sum = tl.zeros((BM,), tl.float32)
     row_max = tl.full((BM,), NOTHING_SEEN, tl.float32)
     logit_max = tl.zeros((BM,), tl.float32)
-    # two loops: a branch on the mask inside one makes the compiler serialise the matrix products (ptxas C7515)
-    for step in tl.range(0, masked_tiles(start, full_start, full_stop, stop, BN), num_stages=STAGES):
-        start_key = masked_tile(step, start, full_start, full_stop, BN)
-        acc, row_sum, row_max, logit_max = attend_tile(
-            acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, first, last,
-            seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, True, LOWER,
-        )  # fmt: skip
+    # a loop each for masked and full tiles: a branch inside makes the compiler serialise the matrix products (ptxas C7515)
+    if LOWER:
+        for start_key in tl.range(start, full_start, BN, num_stages=STAGES):
+            acc, row_sum, row_max, logit_max = attend_tile(
+                acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, first, last,
+                seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, True, LOWER,
+            )  # fmt: skip
     for start_key in tl.range(full_start, full_stop, BN, num_stages=STAGES):
         acc, row_sum, row_max, logit_max = attend_tile(
             acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, first, last,
             seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, False, LOWER,
+        )  # fmt: skip
+    for start_key in tl.range(full_stop, stop, BN, num_stages=STAGES):
+        acc, row_sum, row_max, logit_max = attend_tile(
+            acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, first, last,
+            seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, True, LOWER,
         )  # fmt: skip
     # acc and row_sum both carry the factor 256 of P̃
     seen = row_sum > 0

@@ -8,6 +8,7 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)  # whose `dot` multiplies bf
 E4M3_MAX = tl.constexpr(448.0)
 PROBABILITY_LOG2 = tl.constexpr(8.0)  # P̃ is stored as 256·P̃
 RESIDUAL_GAIN = tl.constexpr(16.0)
+HEADS_AT_A_TIME = tl.constexpr(8)
 MIX_WIDTH = tl.constexpr(128)  # widest Hadamard matrix multiplied at once: `hadamard.SIGNS_MAX`
 
 
@@ -34,6 +35,19 @@ def contracted_row(position):
 def to_e4m3(x):
     """Round to E4M3, clamping to ±448 first: no cast is relied on to saturate. NaN stays NaN."""
     return tl.clamp(x, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+
+
+@triton.jit
+def heaviest_first(n_blocks):
+    """(block, batch·head) of this program: block 0 of several heads first, so that a causal launch ends with its lightest blocks.
+
+    Heads are taken a few at a time: programs that run together then share their operands in the L2 cache.
+    """
+    total = tl.num_programs(0) // n_blocks
+    i_chunk = tl.program_id(0) // (n_blocks * HEADS_AT_A_TIME)
+    i_inside = tl.program_id(0) % (n_blocks * HEADS_AT_A_TIME)
+    heads = tl.minimum(total - i_chunk * HEADS_AT_A_TIME, HEADS_AT_A_TIME)
+    return i_inside // heads, i_chunk * HEADS_AT_A_TIME + i_inside % heads
 
 
 @triton.jit
@@ -150,7 +164,7 @@ def dropout_keep(
 def mix(x, p_hadamard, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Orthonormal Hadamard mix of each BLOCK of the last dimension: (ROWS, DIM) → float32, as `hadamard.hadamard`.
 
-    A product with a matrix of ±1 (`hadamard_signs`), exact in every input type; float32 input is split into three TF32 terms.
+    A product with a matrix of ±1 (`hadamard_signs`), exact for bfloat16 and float16 input.
     """
     WIDTH: tl.constexpr = DIM if DIM < MIX_WIDTH else MIX_WIDTH
     row, column = tl.arange(0, WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
@@ -158,7 +172,7 @@ def mix(x, p_hadamard, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexp
     x = tl.reshape(x, (ROWS * DIM // WIDTH, WIDTH))
     if INTERPRETED:
         x = x.to(tl.float32)
-    y = tl.dot(x, signs.to(x.dtype), input_precision="tf32x3")
+    y = tl.dot(x, signs.to(x.dtype))
     y = tl.reshape(y, (ROWS, DIM))
     if BLOCK > WIDTH:  # one more butterfly between the two halves
         even, odd = tl.split(tl.permute(tl.reshape(y, (ROWS, 2, WIDTH)), (0, 2, 1)))
