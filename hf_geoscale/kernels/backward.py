@@ -15,8 +15,6 @@ from .tile import (
     dropout_keep,
     heaviest_first,
     key_span,
-    masked_tile,
-    masked_tiles,
     mix,
     row_bounds,
     tile_pointers,
@@ -263,11 +261,6 @@ def query_span_kernel(
 def key_tile(
     dk,  # (BN, DP)
     dv,  # (BN, DP)
-    dk_unit,  # real value of one unit of dk, of dv
-    dv_unit,
-    group_factor,
-    factor,
-    current,  # the row group these four belong to
     k,
     residual,
     v,
@@ -277,27 +270,21 @@ def key_tile(
     d_grad_columns,
     d_shift,
     d_delta,
-    p_q_quant_scale,
-    p_k_quant_scale,
-    p_group,
     p_range,
-    i_head,
+    i_query_row,
+    i_padded_row,
+    i_column_row,
     start_row,
     start_key,
+    factor,
+    group_factor,
     batch,
-    n_heads,
-    kv_head,
     n_queries,
     n_keys,
-    n_padded,
-    n_groups,
     window,
-    softmax_scale,
-    survival,
     seed,
     threshold,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
+    i_head,
     BM: tl.constexpr,
     BN: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -307,34 +294,22 @@ def key_tile(
     DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    q = d_q.load([i_head * n_queries + start_row, 0])
-    grad = d_grad.load([i_head * n_queries + start_row, 0])
+    q = d_q.load([i_query_row + start_row, 0])
+    grad = d_grad.load([i_query_row + start_row, 0])
     s = tl.dot(k, q.T)  # transposed: (BN, BM)
     if HIGH:
         s += tl.dot(residual, q.T) * (1 / RESIDUAL_GAIN)
     dp = tl.dot(v, grad.T)
-    i_group = i_head * n_groups + start_row // GROUP
-    if (
-        i_group != current
-    ):  # rows of one group share the scales of dO′8 and dS8: the accumulators change units in between
-        current = i_group
-        factor = logit_factor(p_q_quant_scale, p_k_quant_scale, i_head % n_heads, kv_head, softmax_scale)
-        group_factor = tl.load(p_group + i_group * 4)
-        if DROPOUT:
-            group_factor = group_factor / survival
-        new_dk_unit, new_dv_unit = tl.load(p_group + i_group * 4 + 1), tl.load(p_group + i_group * 4 + 2)
-        dk = dk * (dk_unit / new_dk_unit)
-        dv = dv * (dv_unit / new_dv_unit)
-        dk_unit, dv_unit = new_dk_unit, new_dv_unit
     if MASKED:
         rows, keys = start_row + tl.arange(0, BM), start_key + tl.arange(0, BN)
-        first, last = row_bounds(rows, batch, p_range, n_queries, n_keys, window, CAUSAL, WINDOW, RANGES)
-        visible = keys[:, None] < last[None, :]
         if WINDOW or RANGES:
-            visible &= keys[:, None] >= first[None, :]
+            first, last = row_bounds(rows, batch, p_range, n_queries, n_keys, window, CAUSAL, WINDOW, RANGES)
+            visible = (keys[:, None] >= first[None, :]) & (keys[:, None] < last[None, :])
+        else:  # causal; rows beyond the last have P̃ = 0 by their shift
+            visible = keys[:, None] <= (rows + (n_keys - n_queries))[None, :]
         s = tl.where(visible, s, HIDDEN)
-    shift = d_shift.load([i_head * n_padded + start_row])
-    delta = d_delta.load([i_head * n_padded + start_row])
+    shift = d_shift.load([i_padded_row + start_row])
+    delta = d_delta.load([i_padded_row + start_row])
     p = tl.exp2(s * factor - shift[None, :])
     if DROPOUT:
         keep = dropout_keep(seed, threshold, i_head, start_row, start_key, BM, BN, True)
@@ -344,11 +319,11 @@ def key_tile(
         ds = p * (dp * group_factor - delta[None, :])
     p8 = contraction_order(p.to(tl.float8e4nv), BN, BM)
     ds8 = contraction_order(ds.to(tl.float8e4nv), BN, BM)
-    grad_columns = d_grad_columns.load([i_head * D, start_row])
-    q_columns = d_q_columns.load([i_head * D, start_row])
+    grad_columns = d_grad_columns.load([i_column_row, start_row])
+    q_columns = d_q_columns.load([i_column_row, start_row])
     dv = tl.dot(p8, grad_columns.T, dv)
     dk = tl.dot(ds8, q_columns.T, dk)
-    return dk, dv, dk_unit, dv_unit, group_factor, factor, current
+    return dk, dv
 
 
 @triton.jit
@@ -412,29 +387,42 @@ def key_gradient_kernel(
     residual = d_residual.load([i_kv * n_keys + start_key, 0]) if HIGH else k
     dk = tl.zeros((BN, DP), tl.float32)
     dv = tl.zeros((BN, DP), tl.float32)
-    dk_unit, dv_unit, group_factor, factor = 1.0, 1.0, 1.0, 1.0
-    current = -1
+    dk_unit, dv_unit = 1.0, 1.0
     heads = n_heads // n_kv_heads
-    first_head = batch * n_heads + kv_head * heads
-    # each loop runs over all query heads of the group, so that the pipeline fills twice and not once a head
-    n_masked = masked_tiles(start, full_start, full_stop, stop, BM)
-    for step in tl.range(0, n_masked * heads, num_stages=STAGES):
-        start_row = masked_tile(step % n_masked, start, full_start, full_stop, BM)
-        dk, dv, dk_unit, dv_unit, group_factor, factor, current = key_tile(
-            dk, dv, dk_unit, dv_unit, group_factor, factor, current, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns,
-            d_shift, d_delta, p_q_quant_scale, p_k_quant_scale, p_group, p_range, first_head + step // n_masked, start_row, start_key, batch,
-            n_heads, kv_head, n_queries, n_keys, n_padded, n_groups, window, softmax_scale, survival, seed, threshold, GROUP,
-            D, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, True,
-        )  # fmt: skip
-    n_full = (full_stop - full_start) // BM
-    for step in tl.range(0, n_full * heads, num_stages=STAGES):
-        start_row = full_start + step % n_full * BM
-        dk, dv, dk_unit, dv_unit, group_factor, factor, current = key_tile(
-            dk, dv, dk_unit, dv_unit, group_factor, factor, current, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns,
-            d_shift, d_delta, p_q_quant_scale, p_k_quant_scale, p_group, p_range, first_head + step // n_full, start_row, start_key, batch,
-            n_heads, kv_head, n_queries, n_keys, n_padded, n_groups, window, softmax_scale, survival, seed, threshold, GROUP,
-            D, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, False,
-        )  # fmt: skip
+    for head in range(kv_head * heads, (kv_head + 1) * heads):
+        i_head = batch * n_heads + head
+        factor = logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale)
+        i_query_row, i_padded_row, i_column_row = i_head * n_queries, i_head * n_padded, i_head * D
+        for group in range(start // GROUP, tl.cdiv(stop, GROUP)):
+            # rows of one group share the scales of dO′8 and dS8: the accumulators change units in between
+            p_scales = p_group + (i_head * n_groups + group) * 4
+            group_factor = tl.load(p_scales)
+            if DROPOUT:
+                group_factor = group_factor / survival
+            new_dk_unit, new_dv_unit = tl.load(p_scales + 1), tl.load(p_scales + 2)
+            dk *= dk_unit / new_dk_unit
+            dv *= dv_unit / new_dv_unit
+            dk_unit, dv_unit = new_dk_unit, new_dv_unit
+            low, high = group * GROUP, (group + 1) * GROUP
+            for start_row in tl.range(tl.maximum(start, low), tl.minimum(full_start, high), BM, num_stages=STAGES):
+                dk, dv = key_tile(
+                    dk, dv, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns, d_shift, d_delta, p_range, i_query_row,
+                    i_padded_row, i_column_row, start_row, start_key, factor, group_factor, batch, n_queries, n_keys,
+                    window, seed, threshold, i_head, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, True,
+                )  # fmt: skip
+            for start_row in tl.range(tl.maximum(full_start, low), tl.minimum(full_stop, high), BM, num_stages=STAGES):
+                dk, dv = key_tile(
+                    dk, dv, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns, d_shift, d_delta, p_range, i_query_row,
+                    i_padded_row, i_column_row, start_row, start_key, factor, group_factor, batch, n_queries, n_keys,
+                    window, seed, threshold, i_head, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, False,
+                )  # fmt: skip
+            if WINDOW or RANGES:
+                for start_row in tl.range(tl.maximum(full_stop, low), tl.minimum(stop, high), BM, num_stages=STAGES):
+                    dk, dv = key_tile(
+                        dk, dv, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns, d_shift, d_delta, p_range, i_query_row,
+                        i_padded_row, i_column_row, start_row, start_key, factor, group_factor, batch, n_queries, n_keys,
+                        window, seed, threshold, i_head, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, True,
+                    )  # fmt: skip
     dk *= dk_unit
     dv *= dv_unit
     if MIX:

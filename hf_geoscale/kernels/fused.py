@@ -132,9 +132,9 @@ def _attention_forward(
         _descriptor(q8, tile.rows, padded_dim), d_k, _descriptor(residual, tile.keys, padded_dim) if high else d_k,
         _descriptor(v8, padded_dim, tile.keys), q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed,
         out, shift, row_sum, logit_max, *out.stride()[:3], heads, kv_heads, n_queries, n_keys, window, softmax_scale,
-        1 - dropout_p, int(dropout_p * 2**32), D=dim, DP=padded_dim, BM=tile.rows, BN=tile.keys, CAUSAL=causal,
+        1 - dropout_p, int(dropout_p * 2**32), D=dim, DP=padded_dim, CAUSAL=causal,
         WINDOW=window > 0, RANGES=key_range is not None, HIGH=high, DROPOUT=dropout_p > 0, OBSERVE=observe,
-        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+        **tile.launch,
     )  # fmt: skip
     return out, shift, row_sum, q8, k8, residual, v8, v_norm, amax, overflow, logit_max
 
@@ -231,8 +231,7 @@ def _attention_backward(
         _descriptor(residual_columns, padded_dim, tile.keys), _descriptor(v8_rows, tile.keys, padded_dim),
         _descriptor(grad8, tile.rows, padded_dim), q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed,
         shift, row_factor, row_delta, group, signs, dq, gradient_overflow, *dq.stride()[:3], heads, kv_heads, n_queries, n_keys,
-        n_groups, *scalars, BM=tile.rows, BN=tile.keys, COUNT=gradient_overflow is not None, STAGES=tile.stages, **flags,
-        num_warps=tile.warps, num_stages=tile.stages,
+        n_groups, *scalars, COUNT=gradient_overflow is not None, **flags, **tile.launch,
     )  # fmt: skip
 
     tile = tiles.key_gradient
@@ -251,7 +250,7 @@ def _attention_backward(
         TensorDescriptor.from_tensor(group_delta.view(-1), [tile.rows]), q_quant_scale, k_quant_scale, key_range, span,
         dropout_seed, group, signs, dk, dv, *dk.stride()[:3], heads, kv_heads, n_queries, n_keys, padded,
         n_groups, *scalars, BM=tile.rows, BN=tile.keys,
-        STAGES=tile.stages, **flags, num_warps=tile.warps, num_stages=tile.stages,
+        **flags, **tile.launch,
     )  # fmt: skip
     return dq, dk, dv
 

@@ -120,19 +120,6 @@ def key_span(
 
 
 @triton.jit
-def masked_tiles(start, full_start, full_stop, stop, SIZE: tl.constexpr):
-    """How many tiles of [start, stop) lie outside [full_start, full_stop)."""
-    return (full_start - start) // SIZE + tl.cdiv(tl.maximum(stop - full_stop, 0), SIZE)
-
-
-@triton.jit
-def masked_tile(step, start, full_start, full_stop, SIZE: tl.constexpr):
-    """Where the step-th of those tiles begins."""
-    before = (full_start - start) // SIZE
-    return tl.where(step < before, start + step * SIZE, full_stop + (step - before) * SIZE)
-
-
-@triton.jit
 def dropout_keep(
     seed,
     threshold,

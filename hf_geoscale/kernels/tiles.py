@@ -19,6 +19,19 @@ class Tile:
     keys: int
     warps: int
     stages: int
+    registers: int | None = None  # at most, per thread: fewer let more programs share a multiprocessor
+
+    @property
+    def launch(self) -> dict[str, int | None]:
+        """The tile as keyword arguments of a kernel launch."""
+        return {
+            "BM": self.rows,
+            "BN": self.keys,
+            "STAGES": self.stages,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "maxnreg": self.registers,
+        }
 
 
 @dataclass(frozen=True)
