@@ -249,7 +249,7 @@ def _attention_backward(
         _descriptor(grad8_columns, padded_dim, tile.rows), TensorDescriptor.from_tensor(group_shift.view(-1), [tile.rows]),
         TensorDescriptor.from_tensor(group_delta.view(-1), [tile.rows]), q_quant_scale, k_quant_scale, key_range, span,
         dropout_seed, group, signs, dk, dv, *dk.stride()[:3], heads, kv_heads, n_queries, n_keys, padded,
-        n_groups, *scalars, BM=tile.rows, BN=tile.keys,
+        n_groups, *scalars,
         **flags, **tile.launch,
     )  # fmt: skip
     return dq, dk, dv
