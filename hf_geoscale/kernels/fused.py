@@ -44,38 +44,6 @@ def _signs(dim: int, mix: int, device: torch.device) -> Tensor | None:
     return hadamard_signs(min(padded_head_dim(dim), SIGNS_MAX), mix, device) if mix else None
 
 
-def _quantize(x: Tensor, quant_scale: Tensor, mix: int, counters, rows, columns, residual, norm) -> None:
-    """Launch the quantising kernel for the outputs that are given (not None)."""
-    batch, heads, length, dim = x.shape
-    padded = _padded(length)
-    grid = (triton.cdiv(padded if columns is not None else length, QUANTIZE_ROWS), batch * heads)
-    amax, overflow = counters if counters is not None else (None, None)
-    quantize_kernel[grid](
-        x, quant_scale, _signs(dim, mix, x.device), rows, columns, residual, norm, amax, overflow, *x.stride(), heads, length, padded,
-        D=dim, DP=padded_head_dim(dim), MIX=mix, ROWS=rows is not None, COLUMNS=columns is not None,
-        RESIDUAL=residual is not None, COUNT=counters is not None, BLOCK=QUANTIZE_ROWS,
-    )  # fmt: skip
-
-
-def _to_columns(rows: Tensor) -> Tensor:
-    """(B, H, L, D) → (B, H, D, Lp) in contraction order."""
-    batch, heads, length, dim = rows.shape
-    padded = _padded(length)
-    columns = torch.empty(batch, heads, dim, padded, dtype=rows.dtype, device=rows.device)
-    grid = (padded // QUANTIZE_ROWS, batch * heads)
-    transpose_kernel[grid](rows, columns, length, padded, dim, padded_head_dim(dim), True, QUANTIZE_ROWS)
-    return columns
-
-
-def _to_rows(columns: Tensor, length: int) -> Tensor:
-    """(B, H, D, Lp) in contraction order → (B, H, L, D)."""
-    batch, heads, dim, padded = columns.shape
-    rows = torch.empty(batch, heads, length, dim, dtype=columns.dtype, device=columns.device)
-    grid = (triton.cdiv(length, QUANTIZE_ROWS), batch * heads)
-    transpose_kernel[grid](rows, columns, length, padded, dim, padded_head_dim(dim), False, QUANTIZE_ROWS)
-    return rows
-
-
 def _attention_forward(
     query: Tensor,  # (B, Hq, Lq, D), any strides
     key: Tensor,  # (B, Hkv, Lk, D)
@@ -100,8 +68,8 @@ def _attention_forward(
     Returns:
         out (B, Hq, Lq, D) in query's dtype; shift and row_sum (B, Hq, Lq) float32: row maximum of the base-2 logits less 8, and
         Σ P̃; q8, k8 (B, H, L, D), k8's residual (empty unless `high`), v8 (B, Hkv, D, Lp); v_norm (B, Hkv), the largest 2-norm of a
-        row of v8; amax (Hq + 2·Hkv,) and overflow (1,) int32 of the casts (zero unless `count`); logit_max (Hq,) in natural
-        units (zero unless `observe`).
+        row of v8; amax (Hq + 2·Hkv,) and overflow (1,) int32 of the casts (empty unless `count`); logit_max (Hq,) in natural
+        units (empty unless `observe`).
     """
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
@@ -109,19 +77,21 @@ def _attention_forward(
     tile = tiles_for(device, dim, causal, high).forward
     padded_dim, mix = padded_head_dim(dim), _mix_width(dim, incoherent)
 
+    padded = _padded(n_keys)
     q8 = torch.empty(query.shape, dtype=e4m3, device=device)
     k8 = torch.empty(key.shape, dtype=e4m3, device=device)
     residual = torch.empty(key.shape if high else (0,), dtype=e4m3, device=device)
-    v8 = torch.empty(batch, kv_heads, dim, _padded(n_keys), dtype=e4m3, device=device)
+    v8 = torch.empty(batch, kv_heads, dim, padded, dtype=e4m3, device=device)
     v_norm = torch.zeros(batch, kv_heads, device=device)
-    amax = torch.zeros(heads + 2 * kv_heads, device=device)
-    overflow = torch.zeros(1, dtype=torch.int32, device=device)
-    logit_max = torch.zeros(heads, device=device)
-    q_amax, k_amax, v_amax = amax.split((heads, kv_heads, kv_heads))
-    counters = [(part, overflow) if count else None for part in (q_amax, k_amax, v_amax)]
-    _quantize(query, q_quant_scale, mix, counters[0], q8, None, None, None)
-    _quantize(key, k_quant_scale, mix, counters[1], k8, None, residual if high else None, None)
-    _quantize(value, v_quant_scale, 0, counters[2], None, v8, None, v_norm)
+    amax = torch.zeros(heads + 2 * kv_heads, device=device) if count else torch.empty(0, device=device)
+    overflow = torch.zeros(1, dtype=torch.int32, device=device) if count else amax.to(torch.int32)
+    logit_max = torch.zeros(heads, device=device) if observe else torch.empty(0, device=device)
+    grid = (triton.cdiv(max(n_queries, padded), QUANTIZE_ROWS), batch * (heads + 2 * kv_heads))
+    quantize_kernel[grid](
+        query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, _signs(dim, mix, device), q8, k8, residual, v8, v_norm,
+        amax, overflow, *query.stride(), *key.stride(), *value.stride(), batch, heads, kv_heads, n_queries, n_keys, padded,
+        D=dim, DP=padded_dim, MIX=mix, HIGH=high, COUNT=count, BLOCK=QUANTIZE_ROWS,
+    )  # fmt: skip
 
     out = _like_heads_inside(query, query.dtype)
     shift = torch.empty(batch, heads, n_queries, device=device)
@@ -157,9 +127,9 @@ def _fake_forward(
         key.new_empty(key.shape if high else (0,), dtype=e4m3),
         key.new_empty(batch, kv_heads, dim, padded, dtype=e4m3),
         key.new_empty(batch, kv_heads, dtype=torch.float32),
-        query.new_empty(heads + 2 * kv_heads, dtype=torch.float32),
-        query.new_empty(1, dtype=torch.int32),
-        query.new_empty(heads, dtype=torch.float32),
+        query.new_empty(heads + 2 * kv_heads if count else 0, dtype=torch.float32),
+        query.new_empty(1 if count else 0, dtype=torch.int32),
+        query.new_empty(heads if observe else 0, dtype=torch.float32),
     )
 
 
@@ -213,9 +183,14 @@ def _attention_backward(
         row_delta, group_delta, group_shift, group, *grad_out.stride(), *out.stride(), heads, kv_heads, n_queries, padded, n_groups,
         softmax_scale, survival, GRADIENT_ROWS, dim, padded_dim, QUANTIZE_ROWS,
     )  # fmt: skip
-    v8_rows, k8_columns, q8_columns = _to_rows(v8, n_keys), _to_columns(k8), _to_columns(q8)
-    residual_columns = _to_columns(residual) if high else k8_columns
+    v8_rows = torch.empty_like(k8)
+    q8_columns, k8_columns = torch.empty_like(grad8_columns), torch.empty_like(v8)
+    residual_columns = torch.empty_like(v8) if high else k8_columns
     residual = residual if high else k8
+    transpose_kernel[triton.cdiv(max(padded, v8.shape[3]), QUANTIZE_ROWS), batch * (heads + 2 * kv_heads)](
+        q8, k8, residual, v8, q8_columns, k8_columns, residual_columns, v8_rows, batch, heads, kv_heads, n_queries, padded,
+        n_keys, v8.shape[3], dim, padded_dim, high, QUANTIZE_ROWS,
+    )  # fmt: skip
 
     dq = _like_heads_inside(q8, q_dtype)
     dk, dv = _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)

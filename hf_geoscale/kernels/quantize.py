@@ -38,33 +38,33 @@ def store_columns(p_out, x, i_head, start, n_padded, ROWS: tl.constexpr, D: tl.c
 
 
 @triton.jit
-def quantize_kernel(
-    p_x,  # (B, H, L, D), any strides
-    p_quant_scale,  # (H,)
-    p_hadamard,  # signs
-    p_rows,  # (B, H, L, D) E4M3
-    p_columns,  # (B, H, D, Lp) E4M3
-    p_residual,  # (B, H, L, D) E4M3
-    p_norm,  # (B, H): largest 2-norm of a row in FP8 units
-    p_amax,  # (H,): largest |x·quant_scale|
-    p_overflow,  # (1,) int32
+def quantize_block(
+    p_x,
+    p_quant_scale,
+    p_hadamard,
+    p_rows,
+    p_columns,
+    p_residual,
+    p_norm,
+    p_amax,
+    p_overflow,
     stride_b,
     stride_h,
     stride_l,
     stride_d,
+    i_head,
     n_heads,
     n_rows,
     n_padded,
     D: tl.constexpr,
     DP: tl.constexpr,
-    MIX: tl.constexpr,  # width of a Hadamard block; 0: no mix
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    MIX: tl.constexpr,
+    COLUMNS: tl.constexpr,  # write columns and the largest row norm; otherwise rows
     RESIDUAL: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_head = tl.program_id(1)  # batch · n_heads + head
+    """Quantise BLOCK rows of one head: x·quant_scale, after the Hadamard mix of width MIX if not 0."""
     batch, head = i_head // n_heads, i_head % n_heads
     start = tl.program_id(0) * BLOCK
     rows, dims = contracted_row(start + tl.arange(0, BLOCK)), tl.arange(0, DP)
@@ -75,12 +75,13 @@ def quantize_kernel(
         x = mix(x, p_hadamard, BLOCK, DP, MIX)
     x = x.to(tl.float32) * tl.load(p_quant_scale + head)
     x8 = to_e4m3(x)
-    if ROWS:
-        store_rows(p_rows, x8, i_head, rows, n_rows, D, DP)
     if COLUMNS:
-        store_columns(p_columns, x8, i_head, start, n_padded, BLOCK, D, DP)
-        rounded = x8.to(tl.float32)
-        tl.atomic_max(p_norm + i_head, tl.sqrt(tl.max(tl.sum(rounded * rounded, 1))))
+        if start < n_padded:
+            store_columns(p_columns, x8, i_head, start, n_padded, BLOCK, D, DP)
+            rounded = x8.to(tl.float32)
+            tl.atomic_max(p_norm + i_head, tl.sqrt(tl.max(tl.sum(rounded * rounded, 1))))
+    else:
+        store_rows(p_rows, x8, i_head, rows, n_rows, D, DP)
     if RESIDUAL:
         residual = to_e4m3((x - x8.to(tl.float32)) * RESIDUAL_GAIN)
         store_rows(p_residual, residual, i_head, rows, n_rows, D, DP)
@@ -92,27 +93,115 @@ def quantize_kernel(
 
 
 @triton.jit
-def transpose_kernel(
-    p_rows,  # (B·H, L, D)
-    p_columns,  # (B·H, D, Lp)
-    n_rows,
+def quantize_kernel(
+    p_q,  # (B, Hq, Lq, D), any strides
+    p_k,  # (B, Hkv, Lk, D)
+    p_v,  # (B, Hkv, Lk, D)
+    p_q_quant_scale,  # (Hq,)
+    p_k_quant_scale,  # (Hkv,)
+    p_v_quant_scale,  # (Hkv,)
+    p_hadamard,  # signs
+    p_q8,  # (B, Hq, Lq, D) E4M3
+    p_k8,  # (B, Hkv, Lk, D)
+    p_residual,  # (B, Hkv, Lk, D): 16 · the rounding error of k8
+    p_v8,  # (B, Hkv, D, Lp): columns
+    p_v_norm,  # (B, Hkv): largest 2-norm of a row of v8
+    p_amax,  # (Hq + 2·Hkv,): largest |x·quant_scale|
+    p_overflow,  # (1,) int32
+    q_b,
+    q_h,
+    q_l,
+    q_d,
+    k_b,
+    k_h,
+    k_l,
+    k_d,
+    v_b,
+    v_h,
+    v_l,
+    v_d,
+    n_batches,
+    n_heads,
+    n_kv_heads,
+    n_queries,
+    n_keys,
     n_padded,
     D: tl.constexpr,
     DP: tl.constexpr,
-    TO_COLUMNS: tl.constexpr,  # rows → columns; otherwise columns → rows
+    MIX: tl.constexpr,
+    HIGH: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_head, start = tl.program_id(1), tl.program_id(0) * BLOCK
-    rows, dims = contracted_row(start + tl.arange(0, BLOCK)), tl.arange(0, DP)
-    if TO_COLUMNS:
-        inside = (rows[:, None] < n_rows) & (dims[None, :] < D)
-        p_tile = p_rows + (i_head.to(tl.int64) * n_rows + rows[:, None]) * D + dims[None, :]
-        store_columns(p_columns, tl.load(p_tile, mask=inside, other=0.0), i_head, start, n_padded, BLOCK, D, DP)
+    """All three operands in one launch: program (block, i) takes head i of q, then of k, then of v."""
+    i_head = tl.program_id(1)
+    n_q, n_kv = n_batches * n_heads, n_batches * n_kv_heads
+    if i_head < n_q:
+        quantize_block(
+            p_q, p_q_quant_scale, p_hadamard, p_q8, None, None, None, p_amax, p_overflow, q_b, q_h, q_l, q_d, i_head, n_heads,
+            n_queries, n_queries, D, DP, MIX, False, False, COUNT, BLOCK,
+        )  # fmt: skip
+    elif i_head < n_q + n_kv:
+        quantize_block(
+            p_k, p_k_quant_scale, p_hadamard, p_k8, None, p_residual, None, p_amax + n_heads, p_overflow, k_b, k_h, k_l, k_d,
+            i_head - n_q, n_kv_heads, n_keys, n_keys, D, DP, MIX, False, HIGH, COUNT, BLOCK,
+        )  # fmt: skip
     else:
-        columns = start + tl.arange(0, BLOCK)
-        p_tile = p_columns + (i_head.to(tl.int64) * D + dims[:, None]) * n_padded + columns[None, :]
-        x = tl.load(p_tile, mask=dims[:, None] < D, other=0.0)
-        store_rows(p_rows, tl.trans(x), i_head, rows, n_rows, D, DP)
+        quantize_block(
+            p_v, p_v_quant_scale, None, None, p_v8, None, p_v_norm, p_amax + n_heads + n_kv_heads, p_overflow, v_b, v_h, v_l,
+            v_d, i_head - n_q - n_kv, n_kv_heads, n_keys, n_padded, D, DP, 0, True, False, COUNT, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def to_columns(
+    p_rows, p_columns, i_head, n_rows, n_padded, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    start = tl.program_id(0) * BLOCK
+    rows, dims = contracted_row(start + tl.arange(0, BLOCK)), tl.arange(0, DP)
+    p_tile = p_rows + (i_head.to(tl.int64) * n_rows + rows[:, None]) * D + dims[None, :]
+    x = tl.load(p_tile, mask=(rows[:, None] < n_rows) & (dims[None, :] < D), other=0.0)
+    if start < n_padded:
+        store_columns(p_columns, x, i_head, start, n_padded, BLOCK, D, DP)
+
+
+@triton.jit
+def transpose_kernel(
+    p_q8,  # (B, Hq, Lq, D)
+    p_k8,  # (B, Hkv, Lk, D)
+    p_residual,  # (B, Hkv, Lk, D)
+    p_v8,  # (B, Hkv, D, Lp)
+    p_q8_columns,  # (B, Hq, D, Lp)
+    p_k8_columns,  # (B, Hkv, D, Lp)
+    p_residual_columns,  # (B, Hkv, D, Lp)
+    p_v8_rows,  # (B, Hkv, Lk, D)
+    n_batches,
+    n_heads,
+    n_kv_heads,
+    n_queries,
+    n_padded_queries,
+    n_keys,
+    n_padded_keys,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    HIGH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The other layout of each operand, for the backward: program (block, i) takes head i of q, then of k, then of v."""
+    i_head = tl.program_id(1)
+    n_q, n_kv = n_batches * n_heads, n_batches * n_kv_heads
+    if i_head < n_q:
+        to_columns(p_q8, p_q8_columns, i_head, n_queries, n_padded_queries, D, DP, BLOCK)
+    elif i_head < n_q + n_kv:
+        to_columns(p_k8, p_k8_columns, i_head - n_q, n_keys, n_padded_keys, D, DP, BLOCK)
+        if HIGH:
+            to_columns(p_residual, p_residual_columns, i_head - n_q, n_keys, n_padded_keys, D, DP, BLOCK)
+    else:
+        i_head -= n_q + n_kv
+        columns, dims = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DP)
+        p_tile = p_v8 + (i_head.to(tl.int64) * D + dims[:, None]) * n_padded_keys + columns[None, :]
+        x = tl.load(p_tile, mask=(dims[:, None] < D) & (columns[None, :] < n_padded_keys), other=0.0)
+        store_rows(p_v8_rows, tl.trans(x), i_head, contracted_row(columns), n_keys, D, DP)
 
 
 @triton.jit

@@ -46,8 +46,8 @@ class Tiles:
 # (compute capability, padded head dim, causal) → tiles; None stands for both. One H100 80 GB HBM3, 2026-11-22, torch 2.11, Triton 3.6,
 # B1 L16384, 32/8 heads: TFLOP/s of forward | dQ | dK and dV (4, 6 and 8 · L² · D · heads / 2 operations).
 TABLE: dict[tuple[tuple[int, int], int, bool | None], Tiles] = {
-    ((9, 0), 64, None): Tiles(Tile(64, 128, 4, 3), Tile(128, 64, 4, 3), Tile(128, 64, 4, 2)),
-    ((9, 0), 128, None): Tiles(Tile(64, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 128, 8, 3)),
+    ((9, 0), 64, None): Tiles(Tile(64, 128, 4, 3, 128), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3, 168)),
+    ((9, 0), 128, None): Tiles(Tile(64, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
 }
 
 DEFAULTS = {
