@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 Bound = Literal["certified"]
 Precision = Literal["standard", "high"]
-Backend = Literal["auto", "reference"]
+Backend = Literal["auto", "triton", "reference"]
 Fallback = Literal["sdpa"]
 
 
@@ -19,9 +19,11 @@ class GeoScaleConfig:
             Costs next to nothing in accuracy up to 64 (docs/model_error.md).
         incoherent: mix q and k by a Hadamard matrix before quantising; halves their error.
         precision: "high" keeps k as two FP8 terms (one more QKᵀ product, about a third of the error).
-        backend: "reference" is plain PyTorch on any device; "auto" takes the fastest this release has, the reference.
+        backend: "triton", the fused kernels (NVIDIA GPUs from compute capability 8.9; elsewhere the first forward raises);
+            "reference", plain PyTorch on any device; "auto", the first where it can run.
         fallback: what to do with a call FP8 attention cannot honour: None raises, "sdpa" runs it there, counted.
-        observe_logits: record the largest |logit| per head (costs a pass over the logits), for `alpha_observed`.
+        observe_logits: record the largest |logit| per head (costs a pass over the logits), for `alpha_observed`; with "triton"
+            also count overflows of the logit gradients, which their bound excludes.
         failure_prob: δ of the rank-aware bound in `geometry_report`, a probability.
         max_length: L of the rank-aware bound, tokens; None takes the model's maximum.
     """
@@ -41,8 +43,6 @@ class GeoScaleConfig:
             raise ValueError(
                 f"bound={self.bound!r} scales FP8 logits, which this release does not have; use 'certified'"
             )
-        if self.backend == "triton":
-            raise ValueError("backend='triton' is not in this release; use 'auto' or 'reference'")
         for name, allowed in (
             ("bound", get_args(Bound)),
             ("precision", get_args(Precision)),

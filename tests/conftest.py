@@ -1,9 +1,14 @@
 """Shared options, tiny models and the real one."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before any kernel is imported: run them in Triton's interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,

@@ -37,3 +37,11 @@ layers (.056, .093, .093, .045), plus two standard errors of the difference of t
 
 FP8_OVER_BF16 = 16.0
 """Ratio of the unit roundoffs of E4M3 (2⁻⁴) and BF16 (2⁻⁸): FP8 attention's error is at most that of BF16 attention times this."""
+
+FUSED_ERROR = E4M3_NOISE
+"""Fused kernels against the reference: P̃ is rounded against the running row maximum instead of the final one, which moves P̃8 (and,
+through δ, dS8) by up to one independent rounding."""
+
+FUSED_LOGITS = 2.0**-8
+"""Largest |logit| against the reference: float32 sums in another order flip a few roundings of q8 and k8; one flip of 2⁻³ in one of D
+terms moves the largest logit by at most 2⁻³/√D ≤ 2⁻⁵·‖q‖‖k‖-shares, observed 2⁻¹⁰."""

@@ -118,6 +118,7 @@ def geoscale_attention_forward(
         dropout_p=dropout,
         incoherent=layer.config.incoherent,
         precision=layer.config.precision,
+        backend=layer.config.backend,
         statistics=layer.statistics,
     )
     return out.transpose(1, 2).contiguous(), None

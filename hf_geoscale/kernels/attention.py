@@ -153,7 +153,7 @@ def fp8_attention(
         query, key, value: float32, bfloat16 or float16, any strides, RoPE already applied. Hq is a multiple of Hkv. "triton"
             rounds float32 to bfloat16 first.
         q_quant_scale, k_quant_scale, v_quant_scale: float32 factors real → FP8 per head. 448/quant_scale must bound the
-            2-norm of every row: v's also bounds the gradient of the logits.
+            entries: of v as given, of q and k after the Hadamard mix (their 2-norm does).
         softmax_scale: factor on q·k; default D^-½.
         causal: row i sees keys up to i + Lk − Lq.
         window: with causal, a row sees at most this many keys, itself included.

@@ -9,6 +9,9 @@ except ImportError:
     knobs = None
 
 TRITON_INSTALLED = knobs is not None
+INTERPRETED = knobs is not None and knobs.runtime.interpret
+"""Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1), on any device; fixed when they are imported."""
+
 BACKENDS = ("auto", "triton", "reference")
 CAPABILITY_WITH_FP8 = (8, 9)
 """First CUDA compute capability whose matrix units multiply E4M3 (Ada; Hopper is 9.0)."""
@@ -16,9 +19,9 @@ CAPABILITY_WITH_FP8 = (8, 9)
 
 def triton_missing(device: torch.device) -> str | None:
     """Why the fused kernels cannot run on a device, or None where they can."""
-    if knobs is None:
+    if not TRITON_INSTALLED:
         return "Triton 3.4 or later is not installed (torch 2.8 and later bring it along on Linux)"
-    if knobs.runtime.interpret:
+    if INTERPRETED:
         return None
     if device.type != "cuda" or torch.version.hip is not None:
         return f"they need an NVIDIA GPU, and the operands are on {device.type!r}"
@@ -39,7 +42,7 @@ def resolve_backend(
     if backend == "reference":
         return backend
     reason = triton_missing(device)
-    if reason is None and (backend == "triton" or not knobs.runtime.interpret):
+    if reason is None and (backend == "triton" or not INTERPRETED):
         return "triton"
     if backend == "triton":
         raise RuntimeError(

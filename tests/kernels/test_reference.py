@@ -300,27 +300,31 @@ class TestStatistics:
         assert float(statistics.range_used["q"].amax()) > 1
         assert torch.isfinite(out).all()
 
-    @pytest.mark.parametrize(("bound", "overflows"), [(8.0, False), (1.0, True)], ids=["norm", "entry"])
-    def test_the_gradient_certificate_needs_the_norm_of_v(self, bound, overflows):
-        """Two opposite values of entries ±1, norm 8: |dS| reaches ‖dO′‖·8, beyond the certificate of an entry bound."""
+    @pytest.mark.parametrize("bound", [8.0, 1.0], ids=["norm", "entry"])
+    def test_the_gradient_bound_does_not_rest_on_the_scale_of_v(self, bound):
+        """Two opposite values of entries ±1, norm 8: |dS| reaches ‖dO′‖·8, within the bound by the measured norm of v8."""
         q, k = torch.zeros(1, 1, 2, 64), torch.zeros(1, 1, 2, 64)
         v = torch.ones(1, 1, 2, 64)
         v[:, :, 1] = -1
         one, v_scale = torch.ones(1), torch.tensor([E4M3.max / bound])
+        names = {"q_quant_scale": one, "k_quant_scale": one, "v_quant_scale": v_scale}
         statistics = AttentionStatistics()
-        out = fp8_attention(
-            q,
-            k,
-            v.requires_grad_(),
-            q_quant_scale=one,
-            k_quant_scale=one,
-            v_quant_scale=v_scale,
-            causal=False,
-            statistics=statistics,
-        )
-        assert statistics.overflows == 0
+        out = fp8_attention(q, k, v.requires_grad_(), **names, causal=False, statistics=statistics)
         torch.autograd.grad(out, v, torch.ones_like(out))
-        assert (statistics.overflows > 0) == overflows
+        assert statistics.overflows == 0
+
+    def test_the_gradient_bound_is_sharp_enough_to_need_its_norms(self, monkeypatch):
+        """With a quarter of the bound the same dS overflows: the bound is not slack by more than 4."""
+        monkeypatch.setattr(reference, "LOGIT_GRADIENT_MARGIN", reference.LOGIT_GRADIENT_MARGIN / 4)
+        q, k = torch.zeros(1, 1, 2, 64, requires_grad=True), torch.zeros(1, 1, 2, 64)
+        v = torch.ones(1, 1, 2, 64)
+        v[:, :, 1] = -1
+        one = torch.ones(1)
+        statistics = AttentionStatistics()
+        names = {"q_quant_scale": one, "k_quant_scale": one, "v_quant_scale": torch.tensor([E4M3.max / 8])}
+        out = fp8_attention(q, k, v, **names, causal=False, statistics=statistics)
+        torch.autograd.grad(out, q, torch.ones_like(out))
+        assert statistics.overflows > 0
 
     def test_observed_logits(self):
         q, k, v = draw(rows=80)
@@ -354,6 +358,7 @@ def bad_calls():
     yield "key range", (q, k, v), s, {"key_range": torch.zeros(2, 3, 2)}, ValueError, r"\(2, 70, 2\)"
     yield "dropout", (q, k, v), s, {"dropout_p": 1.0}, ValueError, r"\[0, 1\), got 1.0"
     yield "precision", (q, k, v), s, {"precision": "low"}, ValueError, "'low'"
+    yield "softmax scale", (q, k, v), s, {"softmax_scale": 0.0}, ValueError, "softmax_scale must be positive, got 0.0"
     yield "empty", (q[:, :, :0], k, v), s, {}, ValueError, "0 query rows"
 
 

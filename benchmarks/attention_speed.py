@@ -1,0 +1,300 @@
+"""Speed of the fused kernels against other attention on one GPU, behind a correctness gate.
+
+    python benchmarks/attention_speed.py --output docs/attention_speed          # writes .jsonl, .md and .png
+
+Every implementation runs in this process on the same BF16 tensors. Two bases, medians of CUDA-event times (p20 and p80 in the
+JSON): "kernel", operands already in the kernel's own format; "whole", from BF16 q, k, v, dO to BF16 O, dQ, dK, dV, quantisation
+included. TFLOP/s count 2 products forward and 5 backward, of visible logits only. Each implementation's O, dQ, dK, dV are first
+compared with exact attention on a short input of the same shape; one that fails is not timed.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from rivals import RIVALS, Shape
+from torch import Tensor
+
+from hf_geoscale.kernels import fused
+from hf_geoscale.scaling import E4M3
+
+TOKENS = 16384
+LENGTHS = (1024, 4096, 16384, 32768)
+MODELS = {  # query heads, key/value heads, head dimension, window
+    "Llama-3-8B": (32, 8, 128, None),
+    "Llama-3.2-1B": (32, 8, 64, None),
+    "GPT-2 XL": (25, 25, 64, None),
+    "Mistral, window 4096": (32, 8, 128, 4096),
+}
+GATE_LENGTH = 512
+GATE = {"BF16": 0.02, "FP8": 0.2}
+"""Largest relative error of O, dQ, dK or dV on the gate's input: BF16's is about 0.005; TE documents 0.11 for FP8 gradients."""
+
+
+def quant_scale(x: Tensor) -> Tensor:
+    """Per-head factor from 1.5 × the largest row norm, as a certificate leaves it: (H,)."""
+    return E4M3.max / (1.5 * x.detach().float().norm(dim=-1).amax((0, 2)))
+
+
+class Ours:
+    """The fused kernels; `high` is precision="high"."""
+
+    has_backward = True
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, shape: Shape, high: bool = False):
+        self.operands, self.grad = (q.detach(), k.detach(), v.detach()), grad
+        self.scales = tuple(quant_scale(x) for x in self.operands)
+        self.options = (shape.dim**-0.5, shape.causal, shape.window or 0, 0.0, True)
+        self.high = high
+        self.kernels = {}
+        self.whole_both()
+
+    def whole_forward(self) -> Tensor:
+        nothing = (None, None, None)
+        self.saved = fused.attention_forward(
+            *self.operands, *self.scales, *nothing, *self.options, self.high, False, False
+        )
+        return self.saved[0]
+
+    def whole_backward(self) -> tuple[Tensor, ...]:
+        dtypes = (torch.bfloat16,) * 3
+        return fused.attention_backward(
+            self.grad, *self.saved[:8], *self.scales, None, None, None, *self.options, *dtypes
+        )
+
+    def whole_both(self) -> tuple[Tensor, ...]:
+        return self.whole_forward(), *self.whole_backward()
+
+    def _record(self) -> None:
+        """Keep the launches of the three attention kernels, so that they can be repeated without the quantising ones."""
+        names = ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
+        originals = {name: getattr(fused, name) for name in names}
+
+        class Recorder:
+            def __init__(self, name, kernels):
+                self.name, self.kernels = name, kernels
+
+            def __getitem__(self, grid):
+                def launch(*args, **kwargs):
+                    self.kernels[self.name] = lambda: originals[self.name][grid](*args, **kwargs)
+                    return self.kernels[self.name]()
+
+                return launch
+
+        try:
+            for name in names:
+                setattr(fused, name, Recorder(name, self.kernels))
+            self.whole_both()
+        finally:
+            for name, kernel in originals.items():
+                setattr(fused, name, kernel)
+
+    def forward(self) -> None:
+        if not self.kernels:
+            self._record()
+        self.kernels["forward_kernel"]()
+
+    def backward(self) -> None:
+        if not self.kernels:
+            self._record()
+        self.kernels["query_gradient_kernel"]()
+        self.kernels["key_gradient_kernel"]()
+
+    def result(self) -> tuple[Tensor, ...]:
+        return self.whole_both()
+
+
+CONTENDERS = {
+    "hf_geoscale FP8": Ours,
+    "hf_geoscale FP8, high": lambda *arguments: Ours(*arguments, high=True),
+    **RIVALS,
+}
+
+
+def draw(shape: Shape, seed: int = 0) -> list[Tensor]:
+    """q, k, v, dO: standard normal BF16, views of (B, L, H, D) memory."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
+    tensors = [
+        torch.randn(shape.batch, shape.length, h, shape.dim, generator=generator, device="cuda")
+        .bfloat16()
+        .transpose(1, 2)
+        for h in heads
+    ]
+    return [x.detach().requires_grad_(i < 3) for i, x in enumerate(tensors)]
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, shape: Shape) -> list[Tensor]:
+    """O, dQ, dK, dV in float32 from dense attention."""
+    q, k, v = (x.detach().float().requires_grad_() for x in (q, k, v))
+    rows = torch.arange(shape.length, device="cuda")
+    visible = rows[:, None] >= rows[None, :]
+    if shape.window:
+        visible &= rows[:, None] - rows[None, :] < shape.window
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+    return [out, *torch.autograd.grad(out, (q, k, v), grad.float())]
+
+
+def gate(name: str, make, shape: Shape) -> str | None:
+    """Why an implementation may not be timed on a shape, or None: it must be right on a short input of it."""
+    short = Shape(1, GATE_LENGTH, shape.heads, shape.kv_heads, shape.dim, min(shape.window or 0, 200) or None)
+    tensors = draw(short, seed=1)
+    try:
+        results = make(*tensors, short).result()
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    allowed = GATE["FP8" if "FP8" in name else "BF16"]
+    for label, mine, theirs in zip(("O", "dQ", "dK", "dV"), results, exact(*tensors, short), strict=True):
+        if mine is None:
+            continue
+        error = float((mine.float() - theirs).norm() / theirs.norm())
+        if not error < allowed:
+            return f"wrong: {label} has relative error {error:.3f}, allowed {allowed}"
+    return None
+
+
+def visible_logits(shape: Shape) -> float:
+    length, window = shape.length, min(shape.window or shape.length, shape.length)
+    return window * (window + 1) / 2 + (length - window) * window
+
+
+def milliseconds(call) -> list[float]:
+    """p20, p50, p80 over about a quarter of a second."""
+    return triton.testing.do_bench(call, warmup=40, rep=200, quantiles=[0.2, 0.5, 0.8])
+
+
+def time_one(make, shape: Shape) -> dict[str, list[float]]:
+    contender = make(*draw(shape), shape)
+    times = {"whole forward": milliseconds(contender.whole_forward), "kernel forward": milliseconds(contender.forward)}
+    if contender.has_backward:
+        times["whole both"] = milliseconds(contender.whole_both)
+        times["kernel backward"] = milliseconds(contender.backward)
+    return times
+
+
+def environment() -> dict[str, str]:
+    def shell(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "cudnn": str(torch.backends.cudnn.version()),
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": shell("git", "rev-parse", "--short", "HEAD"),
+    }
+
+
+def measure(models: list[str], lengths: list[int]) -> list[dict]:
+    rows = []
+    for model in models:
+        heads, kv_heads, dim, window = MODELS[model]
+        allowed = {}
+        for name, make in CONTENDERS.items():
+            reason = gate(name, make, Shape(1, GATE_LENGTH, heads, kv_heads, dim, window))
+            print(f"{model}: {name}: {reason or 'correct'}", flush=True)
+            if reason is None:
+                allowed[name] = make
+        for length in lengths:
+            shape = Shape(max(TOKENS // length, 1), length, heads, kv_heads, dim, window)
+            flops = 4 * shape.batch * heads * visible_logits(shape) * dim
+            for name, make in allowed.items():
+                try:
+                    times = time_one(make, shape)
+                except (NotImplementedError, RuntimeError) as error:
+                    print(f"{model} L{length}: {name}: {str(error).splitlines()[0][:120]}", flush=True)
+                    continue
+                rows.append({"model": model, **asdict(shape), "name": name, "forward_flops": flops, "ms": times})
+                print(f"{model} L{length}: {name}: { {k: round(v[1], 3) for k, v in times.items()} }", flush=True)
+                torch.cuda.empty_cache()
+    return rows
+
+
+def to_markdown(rows: list[dict], host: dict[str, str]) -> str:
+    lines = [
+        "Generated by `python benchmarks/attention_speed.py`; medians, causal, "
+        + ", ".join(f"{key} {value}" for key, value in host.items())
+        + ".",
+        "",
+        "Kernel only: TFLOP/s of the attention kernels. Whole op: milliseconds from BF16 q, k, v, dO to BF16 O, dQ, dK, dV. Ratio:",
+        "SDPA cuDNN BF16's whole forward + backward over this one's.",
+        "",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        lines += [
+            f"**{model}**",
+            "",
+            "| tokens | implementation | forward TFLOP/s | backward TFLOP/s | whole forward ms | whole both ms | ratio |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in (r for r in rows if r["model"] == model):
+            ms, flops = {k: v[1] for k, v in row["ms"].items()}, row["forward_flops"]
+            rival = next((r for r in rows if _same_shape(r, row) and r["name"] == "SDPA cuDNN BF16"), None)
+            cells = [f"{row['batch']} × {row['length']}", row["name"], f"{flops / ms['kernel forward'] / 1e9:.0f}"]
+            both = ms.get("whole both")
+            cells.append(f"{2.5 * flops / ms['kernel backward'] / 1e9:.0f}" if both else "–")
+            cells += [f"{ms['whole forward']:.2f}", f"{both:.2f}" if both else "–"]
+            cells.append(f"{rival['ms']['whole both'][1] / both:.2f}" if rival and both else "–")
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _same_shape(a: dict, b: dict) -> bool:
+    return a["model"] == b["model"] and a["length"] == b["length"]
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Whole-op forward + backward TFLOP/s over the length, a panel a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = pyplot.subplots(1, len(models), figsize=(4.2 * len(models), 3.6), sharey=True, squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        for name in CONTENDERS:
+            points = [r for r in rows if r["model"] == model and r["name"] == name and "whole both" in r["ms"]]
+            if points:
+                speed = [3.5 * r["forward_flops"] / r["ms"]["whole both"][1] / 1e9 for r in points]
+                axis.plot([r["length"] for r in points], speed, marker="o", label=name)
+        axis.set(title=model, xscale="log", xlabel="sequence length")
+    axes[0][0].set_ylabel("TFLOP/s, forward + backward, whole op")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
+    parser.add_argument("--output", type=Path, help="path without suffix for .jsonl, .md and .png; default: print only")
+    parser.add_argument("--render", type=Path, help="make table and plot from an earlier .jsonl instead of measuring")
+    arguments = parser.parse_args()
+    if arguments.render:
+        host, *rows = [json.loads(line) for line in arguments.render.read_text().splitlines()]
+    else:
+        host, rows = environment(), measure(arguments.models, arguments.lengths)
+    table = to_markdown(rows, host)
+    print(table)
+    if arguments.output:
+        arguments.output.with_suffix(".md").write_text(table)
+        arguments.output.with_suffix(".jsonl").write_text("".join(json.dumps(x) + "\n" for x in (host, *rows)))
+        plot(rows, arguments.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
