@@ -16,6 +16,7 @@ _HOMES = {
     "geometry_report": "integrations",
     "patch_model": "integrations",
     "refresh_scales": "integrations",
+    "tune_tiles": "kernels.tuning",
     "unpatch_model": "integrations",
 }
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .integrations import refresh_scales as refresh_scales
     from .integrations import unpatch_model as unpatch_model
     from .kernels import fp8_attention as fp8_attention
+    from .kernels.tuning import tune_tiles as tune_tiles
 
 
 def __getattr__(name: str):

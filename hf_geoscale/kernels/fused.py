@@ -74,7 +74,7 @@ def _attention_forward(
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
     device, e4m3 = query.device, torch.float8_e4m3fn
-    tile = tiles_for(device, dim, causal, high).forward
+    tile = tiles_for(device, dim, high).forward
     padded_dim, mix = padded_head_dim(dim), _mix_width(dim, incoherent)
 
     padded = _padded(n_keys)
@@ -164,7 +164,7 @@ def _attention_backward(
     device, high, survival = q8.device, residual.numel() > 0, 1 - dropout_p
     padded_dim, mix = padded_head_dim(dim), _mix_width(dim, incoherent)
     n_groups = triton.cdiv(n_queries, GRADIENT_ROWS)
-    tiles = tiles_for(device, dim, causal, high)
+    tiles = tiles_for(device, dim, high)
 
     gradient_range = torch.zeros(batch, heads, n_groups, 2, device=device)
     grid = (triton.cdiv(n_queries, QUANTIZE_ROWS), batch * heads)

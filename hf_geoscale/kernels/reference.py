@@ -9,8 +9,8 @@ forward   q, k ← Hadamard (float32) · quant_scale → E4M3;  v · quant_scale
 backward  dO′ = dO / Σ P̃ → E4M3, scaled by its amax over GRADIENT_ROWS rows;  δ = rowsum(dO′8 · O);  S and P̃ again, from the
           same q8, k8;  dS = P̃·(dO′8·v8ᵀ − δ) → E4M3 twice: for dQ scaled by the bound of its row, for dK by that of its group
           dV = P̃8ᵀ·dO′8, dQ = dS8·k8, dK = dS8ᵀ·q8 (float32) → Hadamard
-The bound of dS is Cauchy–Schwarz on what the matrix unit multiplies: 2·‖dO′8 row‖·max‖v8 row‖. Like dO′'s amax it is measured in the
-backward, where nothing can leak into a forward.
+The bound of dS is Cauchy–Schwarz on what the matrix unit multiplies: 2·‖dO′8 row‖·max‖v8 row‖. Like the amax of dO′ it is
+measured in the backward, where nothing can leak into a forward.
 """
 
 import math
@@ -32,7 +32,7 @@ RESIDUAL_GAIN = 16.0
 """The second FP8 term of k holds 16 × the first one's rounding error: at most half a unit in the last place, 16·16 = 256."""
 
 GRADIENT_ROWS = 2048
-"""Query rows that share the scale of dO′8, and of dS8 in dK: dK and dV are contracted over rows, so scales change between groups."""
+"""Query rows that share the scale of dO′8, and of dS8 in dK: dK and dV sum over rows, so their scales may not differ row by row."""
 
 GRADIENT_AMAX_MIN = 2.0**-66
 """Least amax of dO′ that still sets its scale: keeps the ratio of two groups' scales far from float32's limits."""

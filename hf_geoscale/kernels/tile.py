@@ -140,10 +140,7 @@ def dropout_keep(
     zero = (quads + rows) * 0
     w0, w1, w2, w3 = tl.philox(seed, quads + zero, rows + zero, zero + i_batch_head, zero)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    if TRANSPOSED:
-        words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (KEYS, ROWS))
-    else:
-        words = tl.reshape(words, (ROWS, KEYS))
+    words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (KEYS, ROWS)) if TRANSPOSED else tl.reshape(words, (ROWS, KEYS))
     return words.to(tl.uint32, bitcast=True).to(tl.int64) >= threshold
 
 

@@ -1,9 +1,9 @@
 """Block shapes of the fused kernels, measured per GPU architecture: nothing is autotuned at a user's first step.
 
-`tune.tune_kernels` measures other GPUs and head dimensions and puts its finding into the table of the running process.
+`tuning.tune_tiles` measures another GPU or head dimension and puts its finding into the table of the running process.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -43,20 +43,27 @@ class Tiles:
     key_gradient: Tile
 
 
-# (compute capability, padded head dim, causal) → tiles; None stands for both. One H100 80 GB HBM3, 2026-11-22, torch 2.11, Triton 3.6,
-# B1 L16384, 32/8 heads: TFLOP/s of forward | dQ | dK and dV (4, 6 and 8 · L² · D · heads / 2 operations).
-TABLE: dict[tuple[tuple[int, int], int, bool | None], Tiles] = {
-    ((9, 0), 64, None): Tiles(Tile(64, 128, 4, 3, 128), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3, 168)),
-    ((9, 0), 128, None): Tiles(Tile(64, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
+H100 = (9, 0)
+
+# (compute capability, padded head dim, precision="high") → tiles, for causal and full attention alike: in causal launches all
+# but the diagonal tiles are full. Right: TFLOP/s of O | dQ | dK and dV, counting 4, 6 and 8 · L² · D · heads / 2 operations (the
+# products that two-term k adds are not counted). One H100 80 GB HBM3, 2026-11-22, torch 2.11, Triton 3.6, causal, one sequence,
+# 32/8 heads, 16,384 tokens (8,192 for head dim 256 and precision="high"). `tuning.tune_tiles` measures again.
+TABLE: dict[tuple[tuple[int, int], int, bool], Tiles] = {
+    (H100, 64, False): Tiles(Tile(64, 128, 4, 3, 128), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3, 168)),  # 634 | 820 | 676
+    (H100, 128, False): Tiles(Tile(64, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),  # 869 | 1015 | 908
+    (H100, 256, False): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)),  # 884 | 819 | 551
+    (H100, 64, True): Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),  # 432 | 446 | 530
+    (H100, 128, True): Tiles(Tile(64, 128, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # 587 | 584 | 631
 }
 
 DEFAULTS = {
     32: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    128: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-    256: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
+    128: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+    256: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1)),
 }
-"""For GPUs without a row: small enough for 99 KiB of shared memory (sm_89)."""
+"""By padded head dimension, for GPUs without a row. A guess: small enough for 99 KiB of shared memory (compute capability 8.9)."""
 
 INTERPRETED = Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1))
 
@@ -66,19 +73,9 @@ def padded_head_dim(dim: int) -> int:
     return max(32, 1 << (dim - 1).bit_length())
 
 
-def _without_pipelining(tile: Tile) -> Tile:
-    return replace(tile, stages=1)
-
-
-def tiles_for(device: torch.device, dim: int, causal: bool, high: bool) -> Tiles:
-    """Launch shapes for a head dimension on a device; precision="high" holds more operands, so it pipelines less."""
+def tiles_for(device: torch.device, dim: int, high: bool) -> Tiles:
+    """Launch shapes for a head dimension and precision on a device."""
     if device.type != "cuda":
         return INTERPRETED
-    capability, padded = torch.cuda.get_device_capability(device), padded_head_dim(dim)
-    tiles = TABLE.get((capability, padded, causal)) or TABLE.get((capability, padded, None)) or DEFAULTS[padded]
-    if high and padded >= 128:
-        return HIGH_PRECISION.get((capability, padded), DEFAULTS[padded])
-    return tiles
-
-
-HIGH_PRECISION: dict[tuple[tuple[int, int], int], Tiles] = {}
+    padded = padded_head_dim(dim)
+    return TABLE.get((torch.cuda.get_device_capability(device), padded, high), DEFAULTS[padded])

@@ -412,7 +412,6 @@ class TestConfig:
             ("failure_prob", 0.0),
             ("max_length", 0),
             ("bound", "rank_aware"),
-            ("backend", "triton"),
         ],
     )
     def test_bad_values_are_named(self, field, value):
