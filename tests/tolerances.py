@@ -43,5 +43,5 @@ FUSED_ERROR = E4M3_NOISE
 through δ, dS8) by up to one independent rounding."""
 
 FUSED_LOGITS = 2.0**-8
-"""Largest |logit| against the reference: float32 sums in another order flip a few roundings of q8 and k8; one flip of 2⁻³ in one of D
-terms moves the largest logit by at most 2⁻³/√D ≤ 2⁻⁵·‖q‖‖k‖-shares, observed 2⁻¹⁰."""
+"""Relative change of the largest |logit| against the reference: products of q8 and k8 are exact and their sums differ by float32
+round-off, but sums in another order inside the Hadamard mix flip a few roundings of q8 and k8. Observed: 2⁻¹⁰."""

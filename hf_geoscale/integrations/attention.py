@@ -1,6 +1,7 @@
 """The attention function registered with transformers as `geoscale`."""
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ def geoscale_attention_forward(
         return _delegate(layer, reason, module, query, key, value, **call)
     layer.calls += 1
     scales = layer.scales(query, key, value)
-    out = fp8_attention(
+    out: Any = fp8_attention(
         query,
         key,
         value,

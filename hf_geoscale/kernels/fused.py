@@ -97,8 +97,7 @@ def _attention_forward(
     shift = torch.empty(batch, heads, n_queries, device=device)
     row_sum = torch.empty_like(shift)
     d_k = _descriptor(k8, tile.keys, padded_dim)
-    grid = (triton.cdiv(n_queries, tile.rows) * batch * heads,)
-    forward_kernel[grid](
+    forward_kernel[(triton.cdiv(n_queries, tile.rows) * batch * heads,)](
         _descriptor(q8, tile.rows, padded_dim), d_k, _descriptor(residual, tile.keys, padded_dim) if high else d_k,
         _descriptor(v8, padded_dim, tile.keys), q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed,
         out, shift, row_sum, logit_max, *out.stride()[:3], heads, kv_heads, n_queries, n_keys, window, softmax_scale,
@@ -195,7 +194,12 @@ def _attention_backward(
     dq = _like_heads_inside(q8, q_dtype)
     dk, dv = _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
     scalars = (window, softmax_scale, survival, int(dropout_p * 2**32))
-    flags = {"CAUSAL": causal, "WINDOW": window > 0, "RANGES": key_range is not None, "HIGH": high}
+    flags: dict[str, bool | int] = {
+        "CAUSAL": causal,
+        "WINDOW": window > 0,
+        "RANGES": key_range is not None,
+        "HIGH": high,
+    }
     flags |= {"DROPOUT": dropout_p > 0, "GROUP": GRADIENT_ROWS, "D": dim, "DP": padded_dim, "MIX": mix}
 
     signs = _signs(dim, mix, device)
@@ -254,7 +258,7 @@ def _differentiate(ctx, grad_out, *_):
     return (*grads, *[None] * 14)
 
 
-# Defined through a Library: `torch.library.custom_op` checks every output for aliasing, 1.2 ms a call.
+# Defined through a Library: the wrapper of `torch.library.custom_op` adds 0.4 ms of CPU time to every call (docs/kernels.md).
 _library = torch.library.Library("hf_geoscale", "FRAGMENT")
 for _name, _run, _fake, _mutated in (
     ("fp8_attention", _attention_forward, _fake_forward, ()),
