@@ -61,7 +61,8 @@ class _ReferenceAttention(torch.autograd.Function):
 
 
 def _reference(
-    query, key, value, scales, visibility, softmax_scale, incoherent, precision, dropout_p, dropout_seed, statistics
+    query, key, value, scales, visibility, softmax_scale, incoherent, precision, dropout_p, dropout_seed, statistics,
+    return_lse,
 ):  # fmt: skip
     if dropout_p and dropout_seed is None:
         dropout_seed = torch.randint(2**63 - 1, ())
@@ -71,15 +72,18 @@ def _reference(
 
 
 def _fused(
-    query, key, value, scales, visibility, softmax_scale, incoherent, precision, dropout_p, dropout_seed, statistics
+    query, key, value, scales, visibility, softmax_scale, incoherent, precision, dropout_p, dropout_seed, statistics,
+    return_lse,
 ):  # fmt: skip
     device = query.device
     if not dropout_p:
         dropout_seed = None
     elif dropout_seed is None:
         dropout_seed = torch.randint(2**63 - 1, (), device=device)
-    elif not isinstance(dropout_seed, Tensor):
-        dropout_seed = torch.full((), dropout_seed, dtype=torch.int64, device=device)
+    elif isinstance(dropout_seed, Tensor):
+        dropout_seed = dropout_seed.to(device=device, dtype=torch.int64)
+    else:  # the same 64 bits, signed
+        dropout_seed = torch.full((), (dropout_seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
     key_range = visibility.key_range
     if key_range is not None:
         key_range = key_range.to(device=device, dtype=torch.int32).contiguous()
@@ -91,13 +95,13 @@ def _fused(
         statistics is not None, observe,
     )  # fmt: skip
     if statistics is not None:
-        statistics.add_overflow(overflow.squeeze(0))
+        statistics.add_overflow(overflow.squeeze(0).long())
         heads, kv_heads = query.shape[1], key.shape[1]
         for name, used in zip("qkv", (amax / E4M3.max).split((heads, kv_heads, kv_heads)), strict=True):
             statistics.add_range(name, used)
         if observe:
             statistics.add_logits(logit_max)
-    return out.to(query.dtype), fused.lse(shift, row_sum)
+    return out.to(query.dtype), fused.lse(shift, row_sum) if return_lse else None
 
 
 def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -202,6 +206,7 @@ def fp8_attention(
     scales = (q_quant_scale, k_quant_scale, v_quant_scale)
     attend = _fused if resolve_backend(backend, query.device) == "triton" else _reference
     out, lse = attend(
-        query, key, value, scales, visibility, softmax_scale, incoherent, precision, dropout_p, dropout_seed, statistics
-    )
+        query, key, value, scales, visibility, softmax_scale, incoherent, precision, dropout_p, dropout_seed, statistics,
+        return_lse,
+    )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -16,6 +16,9 @@ from .tile import (
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+FACTOR_MIN = tl.constexpr(2.0**-120)
+"""All-zero q and k give scales whose product overflows; a factor of 0 would make ∞·0 of a hidden logit."""
+
 HIDDEN = tl.constexpr(-float("inf"))
 NOTHING_SEEN = tl.constexpr(-(2.0**100))
 """Row maximum before the first visible key: below any q8·k8 and finite, so that a hidden logit gives p = 0 and not ∞ − ∞."""
@@ -24,8 +27,8 @@ NOTHING_SEEN = tl.constexpr(-(2.0**100))
 @triton.jit
 def logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale):
     """Base-2 logit of one unit of q8·k8: forward and backward must get the same bits from here."""
-    descale = 1 / (tl.load(p_q_quant_scale + head) * tl.load(p_k_quant_scale + kv_head))
-    return descale * (softmax_scale * LOG2_E)
+    descale = (1 / tl.load(p_q_quant_scale + head)) * (1 / tl.load(p_k_quant_scale + kv_head))
+    return tl.maximum(descale * (softmax_scale * LOG2_E), FACTOR_MIN)
 
 
 @triton.jit

@@ -1,23 +1,23 @@
 """The fused backend: launches of the Triton kernels, as custom ops that autograd and torch.compile understand."""
 
 import math
+from functools import wraps
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .backward import key_gradient_kernel, query_gradient_kernel, query_span_kernel
 from .forward import forward_kernel
 from .hadamard import SIGNS_MAX, hadamard_block, hadamard_signs
+from .key_gradient import key_gradient_kernel, query_span_kernel
 from .quantize import gradient_range_kernel, quantize_gradient_kernel, quantize_kernel, transpose_kernel
+from .query_gradient import query_gradient_kernel
+from .reference import GRADIENT_ROWS
 from .tiles import SEQUENCE_PADDING, padded_head_dim, tiles_for
 
 QUANTIZE_ROWS = 64
 """Rows of one program of the quantising kernels; divides SEQUENCE_PADDING and GRADIENT_ROWS."""
-
-GRADIENT_ROWS = 2048
-"""Query rows that share the scale of dO′8, and of dS8 in dK."""
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -37,7 +37,7 @@ def _like_heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _mix_width(dim: int, incoherent: bool) -> int:
-    return hadamard_block(dim) if incoherent and hadamard_block(dim) > 1 else 0
+    return hadamard_block(dim) if incoherent else 0
 
 
 def _signs(dim: int, mix: int, device: torch.device) -> Tensor | None:
@@ -86,7 +86,7 @@ def _attention_forward(
     amax = torch.zeros(heads + 2 * kv_heads, device=device) if count else torch.empty(0, device=device)
     overflow = torch.zeros(1, dtype=torch.int32, device=device) if count else amax.to(torch.int32)
     logit_max = torch.zeros(heads, device=device) if observe else torch.empty(0, device=device)
-    grid = (triton.cdiv(max(n_queries, padded), QUANTIZE_ROWS), batch * (heads + 2 * kv_heads))
+    grid = (batch * (heads + 2 * kv_heads), triton.cdiv(max(n_queries, padded), QUANTIZE_ROWS))
     quantize_kernel[grid](
         query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, _signs(dim, mix, device), q8, k8, residual, v8, v_norm,
         amax, overflow, *query.stride(), *key.stride(), *value.stride(), batch, heads, kv_heads, n_queries, n_keys, padded,
@@ -166,7 +166,7 @@ def _attention_backward(
     tiles = tiles_for(device, dim, high)
 
     gradient_range = torch.zeros(batch, heads, n_groups, 2, device=device)
-    grid = (triton.cdiv(n_queries, QUANTIZE_ROWS), batch * heads)
+    grid = (batch * heads, triton.cdiv(n_queries, QUANTIZE_ROWS))
     gradient_range_kernel[grid](
         grad_out, row_sum, gradient_range, *grad_out.stride(), heads, n_queries, n_groups, GRADIENT_ROWS, dim, padded_dim,
         QUANTIZE_ROWS,
@@ -177,7 +177,7 @@ def _attention_backward(
     row_factor, row_delta = torch.empty(2, batch, heads, n_queries, device=device)
     group_delta, group_shift = torch.empty(2, batch, heads, padded, device=device)
     group = torch.empty(batch, heads, n_groups, 4, device=device)
-    quantize_gradient_kernel[padded // QUANTIZE_ROWS, batch * heads](
+    quantize_gradient_kernel[batch * heads, padded // QUANTIZE_ROWS](
         grad_out, out, shift, row_sum, gradient_range, v_norm, q_quant_scale, v_quant_scale, grad8, grad8_columns, row_factor,
         row_delta, group_delta, group_shift, group, *grad_out.stride(), *out.stride(), heads, kv_heads, n_queries, padded, n_groups,
         softmax_scale, survival, GRADIENT_ROWS, dim, padded_dim, QUANTIZE_ROWS,
@@ -186,7 +186,7 @@ def _attention_backward(
     q8_columns, k8_columns = torch.empty_like(grad8_columns), torch.empty_like(v8)
     residual_columns = torch.empty_like(v8) if high else k8_columns
     residual = residual if high else k8
-    transpose_kernel[triton.cdiv(max(padded, v8.shape[3]), QUANTIZE_ROWS), batch * (heads + 2 * kv_heads)](
+    transpose_kernel[batch * (heads + 2 * kv_heads), triton.cdiv(max(padded, v8.shape[3]), QUANTIZE_ROWS)](
         q8, k8, residual, v8, q8_columns, k8_columns, residual_columns, v8_rows, batch, heads, kv_heads, n_queries, padded,
         n_keys, v8.shape[3], dim, padded_dim, high, QUANTIZE_ROWS,
     )  # fmt: skip
@@ -254,8 +254,21 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad_out, *_):
     if grad_out is None:
         return (None,) * 17
+    if torch.is_grad_enabled():
+        raise RuntimeError("fp8_attention has first derivatives only; its backward was called with create_graph=True")
     grads = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, *ctx.dtypes)
     return (*grads, *[None] * 14)
+
+
+def _on_device_of_operands(run):
+    """Triton launches on the current device; make it the first operand's."""
+
+    @wraps(run)
+    def call(x: Tensor, *args):
+        with torch.cuda.device_of(x):
+            return run(x, *args)
+
+    return call
 
 
 # Defined through a Library: the wrapper of `torch.library.custom_op` adds 0.4 ms of CPU time to every call (docs/kernels.md).
@@ -265,7 +278,7 @@ for _name, _run, _fake, _mutated in (
     ("fp8_attention_backward", _attention_backward, _fake_backward, ("gradient_overflow",)),
 ):
     _library.define(_name + torch.library.infer_schema(_run, mutates_args=_mutated))
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    _library.impl(_name, _on_device_of_operands(_run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"hf_geoscale::{_name}", _fake, lib=_library)
 torch.library.register_autograd("hf_geoscale::fp8_attention", _differentiate, setup_context=_save, lib=_library)
 attention_forward = torch.ops.hf_geoscale.fp8_attention

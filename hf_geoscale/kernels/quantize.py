@@ -7,19 +7,16 @@ from L to Lp. FP8 matrix units take no transposed operand, so each tensor is sto
 import triton
 import triton.language as tl
 
+from . import reference
 from .tile import E4M3_MAX, RESIDUAL_GAIN, contracted_row, mix, to_e4m3
 
-GRADIENT_AMAX_MIN = tl.constexpr(2.0**-66)
-"""Least amax of dO′ that still sets the scale: keeps ratios between the scales of two row groups far from float32's limits."""
+GRADIENT_AMAX_MIN = tl.constexpr(reference.GRADIENT_AMAX_MIN)
+LOGIT_GRADIENT_MARGIN = tl.constexpr(reference.LOGIT_GRADIENT_MARGIN)
+LOGIT_GRADIENT_BOUND_MIN = tl.constexpr(reference.LOGIT_GRADIENT_BOUND_MIN)
+ROUNDED_NORM_MARGIN = tl.constexpr(reference.ROUNDED_NORM_MARGIN)
 
-LOGIT_GRADIENT_MARGIN = tl.constexpr(1 + 2.0**-3)
-"""Widens the bound of dS for the rounding of v8 and P̃8 (half an E4M3 epsilon each), which its derivation takes as exact."""
-
-ROUNDED_NORM_MARGIN = tl.constexpr(1 + 2.0**-4)
-"""‖dO′8‖ ≤ this · ‖dO′·quant_scale‖ + √D/1024: half an E4M3 epsilon per normal value, half a subnormal step below."""
-
-LOGIT_GRADIENT_BOUND_MIN = tl.constexpr(2.0**-20)
-"""Below the product of the two least non-zero E4M3 norms: only an all-zero dO′ or v has a smaller bound."""
+UNIT_MIN = tl.constexpr(2.0**-100)
+"""Least unit of a dK or dV accumulator: smaller ones add nothing that matters, and ratios of units must stay finite."""
 
 
 @triton.jit
@@ -66,7 +63,7 @@ def quantize_block(
 ):
     """Quantise BLOCK rows of one head: x·quant_scale, after the Hadamard mix of width MIX if not 0."""
     batch, head = i_head // n_heads, i_head % n_heads
-    start = tl.program_id(0) * BLOCK
+    start = tl.program_id(1) * BLOCK
     rows, dims = contracted_row(start + tl.arange(0, BLOCK)), tl.arange(0, DP)
     inside = (rows[:, None] < n_rows) & (dims[None, :] < D)
     p_tile = p_x + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
@@ -133,8 +130,8 @@ def quantize_kernel(
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """All three operands in one launch: program (block, i) takes head i of q, then of k, then of v."""
-    i_head = tl.program_id(1)
+    """All three operands in one launch: program (i, block) takes head i of q, then of k, then of v."""
+    i_head = tl.program_id(0)
     n_q, n_kv = n_batches * n_heads, n_batches * n_kv_heads
     if i_head < n_q:
         quantize_block(
@@ -157,7 +154,7 @@ def quantize_kernel(
 def to_columns(
     p_rows, p_columns, i_head, n_rows, n_padded, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    start = tl.program_id(0) * BLOCK
+    start = tl.program_id(1) * BLOCK
     rows, dims = contracted_row(start + tl.arange(0, BLOCK)), tl.arange(0, DP)
     p_tile = p_rows + (i_head.to(tl.int64) * n_rows + rows[:, None]) * D + dims[None, :]
     x = tl.load(p_tile, mask=(rows[:, None] < n_rows) & (dims[None, :] < D), other=0.0)
@@ -187,8 +184,8 @@ def transpose_kernel(
     HIGH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The other layout of each operand, for the backward: program (block, i) takes head i of q, then of k, then of v."""
-    i_head = tl.program_id(1)
+    """The other layout of each operand, for the backward: program (i, block) takes head i of q, then of k, then of v."""
+    i_head = tl.program_id(0)
     n_q, n_kv = n_batches * n_heads, n_batches * n_kv_heads
     if i_head < n_q:
         to_columns(p_q8, p_q8_columns, i_head, n_queries, n_padded_queries, D, DP, BLOCK)
@@ -198,7 +195,7 @@ def transpose_kernel(
             to_columns(p_residual, p_residual_columns, i_head - n_q, n_keys, n_padded_keys, D, DP, BLOCK)
     else:
         i_head -= n_q + n_kv
-        columns, dims = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DP)
+        columns, dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DP)
         p_tile = p_v8 + (i_head.to(tl.int64) * D + dims[:, None]) * n_padded_keys + columns[None, :]
         x = tl.load(p_tile, mask=(dims[:, None] < D) & (columns[None, :] < n_padded_keys), other=0.0)
         store_rows(p_v8_rows, tl.trans(x), i_head, contracted_row(columns), n_keys, D, DP)
@@ -246,7 +243,7 @@ def gradient_range_kernel(
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_head, start = tl.program_id(1), tl.program_id(0) * BLOCK
+    i_head, start = tl.program_id(0), tl.program_id(1) * BLOCK
     batch, head = i_head // n_heads, i_head % n_heads
     rows = start + tl.arange(0, BLOCK)
     grad = load_folded_gradient(
@@ -308,7 +305,7 @@ def quantize_gradient_kernel(
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_head, start = tl.program_id(1), tl.program_id(0) * BLOCK
+    i_head, start = tl.program_id(0), tl.program_id(1) * BLOCK
     batch, head = i_head // n_heads, i_head % n_heads
     kv_head = head // (n_heads // n_kv_heads)
     rows, dims = contracted_row(start + tl.arange(0, BLOCK)), tl.arange(0, DP)
@@ -342,8 +339,10 @@ def quantize_gradient_kernel(
     tl.store(p_group_delta + i_padded, delta * group_factor)
     tl.store(p_group_shift + i_padded, tl.where(seen, tl.load(p_shift + i_rows, mask=valid, other=0.0), float("inf")))
     if start % GROUP == 0 and start < n_rows:
-        logit_unit = softmax_scale / (256 * group_factor * quant_scale * v_quant_scale)
+        # one factor at a time: scales of all-zero weights are 2⁶⁰ and more, and their products overflow
+        dk_unit = softmax_scale / 256 / group_factor / quant_scale / v_quant_scale / tl.load(p_q_quant_scale + head)
+        dv_unit = 1 / (256 * survival) / quant_scale
         tl.store(p_group + i_group * 4, group_factor)
-        tl.store(p_group + i_group * 4 + 1, logit_unit / tl.load(p_q_quant_scale + head))
-        tl.store(p_group + i_group * 4 + 2, 1 / (256 * quant_scale * survival))
+        tl.store(p_group + i_group * 4 + 1, tl.maximum(dk_unit, UNIT_MIN, propagate_nan=tl.PropagateNan.ALL))
+        tl.store(p_group + i_group * 4 + 2, tl.maximum(dv_unit, UNIT_MIN, propagate_nan=tl.PropagateNan.ALL))
         tl.store(p_group + i_group * 4 + 3, 1 / quant_scale)

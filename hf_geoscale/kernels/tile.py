@@ -4,12 +4,15 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from . import reference
+from .hadamard import SIGNS_MAX
+
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)  # whose `dot` multiplies bfloat16 bit patterns as integers
 E4M3_MAX = tl.constexpr(448.0)
 PROBABILITY_LOG2 = tl.constexpr(8.0)  # P̃ is stored as 256·P̃
-RESIDUAL_GAIN = tl.constexpr(16.0)
+RESIDUAL_GAIN = tl.constexpr(reference.RESIDUAL_GAIN)
 HEADS_AT_A_TIME = tl.constexpr(8)
-MIX_WIDTH = tl.constexpr(128)  # widest Hadamard matrix multiplied at once: `hadamard.SIGNS_MAX`
+MIX_WIDTH = tl.constexpr(SIGNS_MAX)
 
 
 @triton.jit

@@ -65,21 +65,30 @@ def tune_tiles(head_dim: int, *, high: bool = False, length: int = 8192, heads: 
     resolve_backend("triton", device)
     padded = padded_head_dim(head_dim)
     row = (torch.cuda.get_device_capability(device), padded, high)
-    TABLE[row] = best = tiles_for(device, head_dim, high)
+    best = tiles_for(device, head_dim, high)
+    before = TABLE.get(row)
     try:
-        calls = _calls(head_dim, high, length, heads, kv_heads)
-    except triton.runtime.errors.OutOfResources:
-        TABLE[row] = best = DEFAULTS[padded]
-        calls = _calls(head_dim, high, length, heads, kv_heads)
-    for kernel, call in calls.items():
-        times = {}
-        for tile in (getattr(best, kernel), *CANDIDATES):
-            TABLE[row] = replace(best, **{kernel: tile})
-            try:
-                times[tile] = _milliseconds(call)
-            except triton.runtime.errors.OutOfResources:
-                continue
-        TABLE[row] = best = replace(best, **{kernel: min(times, key=times.__getitem__)})
+        TABLE[row] = best
+        try:
+            calls = _calls(head_dim, high, length, heads, kv_heads)
+        except triton.runtime.errors.OutOfResources:
+            TABLE[row] = best = DEFAULTS[padded]
+            calls = _calls(head_dim, high, length, heads, kv_heads)
+        for kernel, call in calls.items():
+            times = {}
+            for tile in (getattr(best, kernel), *CANDIDATES):
+                TABLE[row] = replace(best, **{kernel: tile})
+                try:
+                    times[tile] = _milliseconds(call)
+                except triton.runtime.errors.OutOfResources:
+                    continue
+            best = replace(best, **{kernel: min(times, key=times.__getitem__)})
+            TABLE[row] = before = best
+    finally:  # an interrupted search leaves what it had found, and no candidate behind
+        if before is None:
+            del TABLE[row]
+        else:
+            TABLE[row] = before
     return best
 
 

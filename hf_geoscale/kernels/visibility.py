@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 ROW_BLOCK = 64
-"""Query rows handled at a time, and the rows that share one gradient scale: the tile height of the fused kernels."""
+"""Query rows that the reference handles at a time."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hf_geoscale import fp8_attention
-from hf_geoscale.kernels import AttentionStatistics, Visibility
+from hf_geoscale.kernels import AttentionStatistics, Visibility, reference
 from hf_geoscale.kernels.backend import resolve_backend, triton_missing
 
 from ..tolerances import FUSED_ERROR, FUSED_LOGITS, OUTPUT_ERROR
@@ -70,6 +70,7 @@ CASES = {
     "multi-head": {"kv_heads": 2},
     "two groups": {"heads": 4, "kv_heads": 2},
     "multi-query": {"heads": 4},
+    "more heads than run together": {"heads": 10, "kv_heads": 5, "rows": 40},
     "dim 16": {"dim": 16},
     "dim 80": {"dim": 80},
     "dim 96": {"dim": 96},
@@ -247,8 +248,55 @@ class TestExtremes:
         assert all(torch.isfinite(x).all() for x in results)
         assert float(results[0].abs().max()) == 0
 
+    @pytest.mark.parametrize("zero", ["q and k", "v", "gradient", "everything"])
+    def test_zeros_under_the_scales_of_zero_weights(self, zero):
+        """Weights that are all zero have scales of 448·2⁶⁰: their products leave float32."""
+        leaves, options = operands({"rows": 70})
+        grad = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(5)).to(leaves[0]) * 1e-5
+        with torch.no_grad():
+            for i, name in enumerate("qkv"):
+                if zero == "everything" or name in zero.split():
+                    leaves[i].zero_()
+                    options[f"{name}_quant_scale"] = torch.full_like(options[f"{name}_quant_scale"], 448 * 2.0**60)
+            if zero in ("gradient", "everything"):
+                grad.zero_()
+        results = {}
+        for backend in ("triton", "reference"):
+            out = fp8_attention(*leaves, **options, backend=backend)
+            results[backend] = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+        assert all(torch.isfinite(x).all() for x in results["triton"])
+        assert agree(results["triton"], results["reference"])
+
+    @pytest.mark.parametrize("options", [{}, {"window": 50}, {"causal": False}], ids=str)
+    def test_scales_that_change_between_groups_of_rows(self, options, monkeypatch):
+        """dO a thousand times larger in one group and zero in another, in groups of 64 rows."""
+        monkeypatch.setattr(fused, "GRADIENT_ROWS", 64)
+        monkeypatch.setattr(reference, "GRADIENT_ROWS", 64)
+        leaves, options = operands({"rows": 200, **options})
+        grad = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(5)).to(leaves[0])
+        grad[:, :, 64:128] *= 1000
+        grad[:, :, 128:192] = 0
+        results = []
+        for backend in ("triton", "reference"):
+            out = fp8_attention(*leaves, **options, backend=backend)
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
+        assert agree(*results)
+
 
 class TestOp:
+    def test_second_derivatives_are_refused(self):
+        leaves, options = operands({"rows": 40})
+        out = fp8_attention(*leaves, **options, backend="triton")
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            torch.autograd.grad(out.sum(), leaves, create_graph=True)
+
+    def test_dropout_seeds_of_every_kind(self):
+        leaves, options = operands({"rows": 40, "dropout_p": 0.3})
+        seeds = (2**64 - 5, -5, torch.tensor(-5), torch.tensor(-5, dtype=torch.int32))
+        outs = [fp8_attention(*leaves, **options, dropout_seed=seed, backend="triton") for seed in seeds]
+        assert all(torch.equal(out, outs[0]) for out in outs)
+        assert relative(outs[0], fp8_attention(*leaves, **options, dropout_seed=-5, backend="reference")) < FUSED_ERROR
+
     def test_log_sum_exp(self):
         leaves, options = operands({"rows": 131, "keys": 131, "ranges": "padding"})
         _, lse = fp8_attention(*leaves, **options, backend="triton", return_lse=True)
@@ -312,7 +360,6 @@ class TestOp:
     @pytest.mark.gpu
     def test_cuda_graph(self):
         leaves, options = operands({"rows": 200})
-        expected = run(leaves, options)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             run(leaves, options)
@@ -322,8 +369,13 @@ class TestOp:
         with torch.cuda.graph(graph):
             out = fp8_attention(*leaves, **options, backend="triton")
             captured = [out, *torch.autograd.grad(out, leaves, grad)]
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(expected, captured, strict=True))
+        for _ in range(2):  # the second time on other operands
+            for x in captured:
+                x.detach().fill_(float("nan"))
+            graph.replay()
+            assert all(torch.equal(a, b) for a, b in zip(run(leaves, options), captured, strict=True))
+            with torch.no_grad():
+                leaves[2].mul_(0.5)
 
     @pytest.mark.parametrize(("kv_heads", "share"), [(1, 0.72), (4, 0.65)], ids=["4:1", "multi-head"])
     @pytest.mark.parametrize("dim", [64, 128])
