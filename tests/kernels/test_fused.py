@@ -59,7 +59,7 @@ def ranges(kind: str, length: int) -> Tensor:
 
 
 CASES = {
-    "causal": {},
+    "causal": {"batch": 2},
     "full": {"causal": False},
     "window": {"rows": 150, "window": 50},
     "window of one": {"window": 1},
@@ -92,8 +92,9 @@ CASES = {
 def operands(case: dict) -> tuple[list[Tensor], dict]:
     """q, k, v over (B, L, H, D) memory, as Transformers hands them over, and the call's options with scales."""
     options = dict(case)
-    shape = {n: options.pop(n) for n in ("rows", "keys", "heads", "kv_heads", "dim", "dtype") if n in options}
-    drawn = draw(**{"heads": 2, "kv_heads": 1, "dtype": torch.bfloat16, **shape})
+    shape = {n: options.pop(n) for n in ("batch", "rows", "keys", "heads", "kv_heads", "dim", "dtype") if n in options}
+    default = {"batch": 2 if "ranges" in options else 1, "heads": 2, "kv_heads": 1, "dtype": torch.bfloat16}
+    drawn = draw(**{**default, **shape})
     if drawn[0].dtype == torch.float32:
         drawn = [x.bfloat16().float() for x in drawn]  # what the kernels make of float32
     leaves = [x.detach().transpose(1, 2).contiguous().to(DEVICE).transpose(1, 2).requires_grad_() for x in drawn]
@@ -219,7 +220,7 @@ class TestExtremes:
 
     def test_padded_rows_with_logits_far_below_minus_88(self):
         """L % 128 == 64 with padding: where cuDNN's BF16 backward gives NaN."""
-        leaves, options = operands({"rows": 192})
+        leaves, options = operands({"batch": 2, "rows": 192})
         with torch.no_grad():
             leaves[0].copy_(-leaves[1].repeat_interleave(2, 1) * 8)  # each row's own key gets about −8·64·softmax_scale
         options |= scales(*leaves) | {"softmax_scale": 1.0, "key_range": ranges("padding", 192).to(DEVICE)}
