@@ -11,9 +11,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .forward import forward_kernel
 from .hadamard import SIGNS_MAX, hadamard_block, hadamard_signs
 from .key_gradient import key_gradient_kernel, query_span_kernel
-from .quantize import gradient_range_kernel, quantize_gradient_kernel, quantize_kernel, transpose_kernel
+from .quantize import quantize_kernel, transpose_kernel
+from .quantize_gradient import gradient_range_kernel, quantize_gradient_kernel
 from .query_gradient import query_gradient_kernel
-from .reference import GRADIENT_ROWS
+from .reference import GRADIENT_ROWS, PROBABILITY_QUANT_SCALE
 from .tiles import SEQUENCE_PADDING, padded_head_dim, tiles_for
 
 QUANTIZE_ROWS = 64
@@ -27,7 +28,7 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def _padded(length: int) -> int:
-    return triton.cdiv(length, SEQUENCE_PADDING) * SEQUENCE_PADDING
+    return (length + SEQUENCE_PADDING - 1) // SEQUENCE_PADDING * SEQUENCE_PADDING
 
 
 def _like_heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -115,7 +116,7 @@ def _fake_forward(
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
     e4m3 = torch.float8_e4m3fn
-    padded = (n_keys + SEQUENCE_PADDING - 1) // SEQUENCE_PADDING * SEQUENCE_PADDING
+    padded = _padded(n_keys)
     rows = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
     return (
         _like_heads_inside(query, query.dtype),
@@ -287,4 +288,4 @@ attention_backward = torch.ops.hf_geoscale.fp8_attention_backward
 
 def lse(shift: Tensor, row_sum: Tensor) -> Tensor:
     """Natural log-sum-exp of the logits per row, (B, Hq, Lq) float32; −inf for a row that sees no key."""
-    return (shift + 8) * math.log(2) + row_sum.log()
+    return (shift + math.log2(PROBABILITY_QUANT_SCALE)) * math.log(2) + row_sum.log()

@@ -50,7 +50,7 @@ def _calls(dim: int, high: bool, length: int, heads: int, kv_heads: int) -> dict
 
 
 def tune_tiles(head_dim: int, *, high: bool = False, length: int = 8192, heads: int = 32, kv_heads: int = 8) -> Tiles:
-    """Time launch shapes on the current GPU and use the fastest for the rest of this process; about two minutes of compiling.
+    """Time launch shapes on the current GPU and use the fastest for the rest of this process.
 
     Args:
         head_dim: the model's head dimension; its padding to a power of two shares the result.
