@@ -34,7 +34,7 @@ MODELS = {  # query heads, key/value heads, head dimension, window
 }
 GATE_LENGTH = 512
 GATE = {"BF16": 0.02, "FP8": 0.2}
-"""Largest relative error of O, dQ, dK, dV on the gate's input; docs/gradient_error.md has .005 to .009 for BF16, .05 to .12 for FP8."""
+"""Largest relative error of O, dQ, dK, dV on the gate's input; docs/gradient_error.md has up to .009 for BF16, .12 for FP8."""
 
 
 def quant_scale(x: Tensor) -> Tensor:

@@ -251,14 +251,14 @@ class TestExtremes:
 
     @pytest.mark.parametrize("zero", ["q and k", "v", "gradient", "everything"])
     def test_zeros_under_the_scales_of_zero_weights(self, zero):
-        """Weights that are all zero have scales of 448·2⁶⁰: their products leave float32."""
+        """Weights that are all zero have scales of 448·2⁶⁰ and more: products of their descales leave float32."""
         leaves, options = operands({"rows": 70})
         grad = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(5)).to(leaves[0]) * 1e-5
         with torch.no_grad():
             for i, name in enumerate("qkv"):
                 if zero == "everything" or name in zero.split():
                     leaves[i].zero_()
-                    options[f"{name}_quant_scale"] = torch.full_like(options[f"{name}_quant_scale"], 448 * 2.0**60)
+                    options[f"{name}_quant_scale"] = torch.full_like(options[f"{name}_quant_scale"], 448 * 2.0**70)
             if zero in ("gradient", "everything"):
                 grad.zero_()
         results = {}
