@@ -6,25 +6,17 @@ from functools import wraps
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .forward import forward_kernel
+from . import hopper, launch
 from .hadamard import SIGNS_MAX, hadamard_block, hadamard_signs
-from .key_gradient import key_gradient_kernel, query_span_kernel
+from .launch import Call
 from .quantize import quantize_kernel, transpose_kernel
 from .quantize_gradient import gradient_range_kernel, quantize_gradient_kernel
-from .query_gradient import query_gradient_kernel
 from .reference import GRADIENT_ROWS, PROBABILITY_QUANT_SCALE
-from .tiles import SEQUENCE_PADDING, padded_head_dim, tiles_for
+from .tiles import SEQUENCE_PADDING, padded_head_dim
 
 QUANTIZE_ROWS = 64
 """Rows of one program of the quantising kernels; divides SEQUENCE_PADDING and GRADIENT_ROWS."""
-
-
-def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """View x as (…, last dimension) for tile loads of (rows, columns); what lies outside reads as zero."""
-    flat = x.view(-1, x.shape[-1])
-    return TensorDescriptor.from_tensor(flat, [rows, columns])
 
 
 def _padded(length: int) -> int:
@@ -37,12 +29,14 @@ def _like_heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(batch, length, heads, dim, dtype=dtype, device=x.device).transpose(1, 2)
 
 
-def _mix_width(dim: int, incoherent: bool) -> int:
-    return hadamard_block(dim) if incoherent else 0
-
-
-def _signs(dim: int, mix: int, device: torch.device) -> Tensor | None:
-    return hadamard_signs(min(padded_head_dim(dim), SIGNS_MAX), mix, device) if mix else None
+def _call(
+    scales, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, incoherent, high, dim
+) -> Call:  # fmt: skip
+    mix = hadamard_block(dim) if incoherent else 0
+    signs = hadamard_signs(min(padded_head_dim(dim), SIGNS_MAX), mix, scales[0].device) if mix else None
+    return Call(
+        *scales, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, high, dim, signs, mix, GRADIENT_ROWS
+    )
 
 
 def _attention_forward(
@@ -75,9 +69,8 @@ def _attention_forward(
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
     device, e4m3 = query.device, torch.float8_e4m3fn
-    tile = tiles_for(device, dim, high).forward
-    padded_dim, mix = padded_head_dim(dim), _mix_width(dim, incoherent)
-
+    scales = (q_quant_scale, k_quant_scale, v_quant_scale)
+    call = _call(scales, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, incoherent, high, dim)
     padded = _padded(n_keys)
     q8 = torch.empty(query.shape, dtype=e4m3, device=device)
     k8 = torch.empty(key.shape, dtype=e4m3, device=device)
@@ -89,23 +82,16 @@ def _attention_forward(
     logit_max = torch.zeros(heads, device=device) if observe else torch.empty(0, device=device)
     grid = (batch * (heads + 2 * kv_heads), triton.cdiv(max(n_queries, padded), QUANTIZE_ROWS))
     quantize_kernel[grid](
-        query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, _signs(dim, mix, device), q8, k8, residual, v8, v_norm,
-        amax, overflow, *query.stride(), *key.stride(), *value.stride(), batch, heads, kv_heads, n_queries, n_keys, padded,
-        D=dim, DP=padded_dim, MIX=mix, HIGH=high, COUNT=count, BLOCK=QUANTIZE_ROWS,
+        query, key, value, *scales, call.signs, q8, k8, residual, v8, v_norm, amax, overflow, *query.stride(), *key.stride(),
+        *value.stride(), batch, heads, kv_heads, n_queries, n_keys, padded, D=dim, DP=call.padded_dim, MIX=call.mix, HIGH=high,
+        COUNT=count, BLOCK=QUANTIZE_ROWS,
     )  # fmt: skip
 
     out = _like_heads_inside(query, query.dtype)
     shift = torch.empty(batch, heads, n_queries, device=device)
     row_sum = torch.empty_like(shift)
-    d_k = _descriptor(k8, tile.keys, padded_dim)
-    forward_kernel[(triton.cdiv(n_queries, tile.rows) * batch * heads,)](
-        _descriptor(q8, tile.rows, padded_dim), d_k, _descriptor(residual, tile.keys, padded_dim) if high else d_k,
-        _descriptor(v8, padded_dim, tile.keys), q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed,
-        out, shift, row_sum, logit_max, *out.stride()[:3], heads, kv_heads, n_queries, n_keys, window, softmax_scale,
-        1 - dropout_p, int(dropout_p * 2**32), D=dim, DP=padded_dim, CAUSAL=causal,
-        WINDOW=window > 0, RANGES=key_range is not None, HIGH=high, DROPOUT=dropout_p > 0, OBSERVE=observe,
-        **tile.launch,
-    )  # fmt: skip
+    kernels = hopper.launch if hopper.takes(call, device, count=observe) else launch
+    kernels.forward(call, q8, k8, residual, v8, out, shift, row_sum, logit_max)
     return out, shift, row_sum, q8, k8, residual, v8, v_norm, amax, overflow, logit_max
 
 
@@ -162,9 +148,9 @@ def _attention_backward(
     batch, heads, n_queries, dim = q8.shape
     kv_heads, n_keys = k8.shape[1:3]
     device, high, survival = q8.device, residual.numel() > 0, 1 - dropout_p
-    padded_dim, mix = padded_head_dim(dim), _mix_width(dim, incoherent)
-    n_groups = triton.cdiv(n_queries, GRADIENT_ROWS)
-    tiles = tiles_for(device, dim, high)
+    scales = (q_quant_scale, k_quant_scale, v_quant_scale)
+    call = _call(scales, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, incoherent, high, dim)
+    padded_dim, n_groups = call.padded_dim, triton.cdiv(n_queries, GRADIENT_ROWS)
 
     gradient_range = torch.zeros(batch, heads, n_groups, 2, device=device)
     grid = (batch * heads, triton.cdiv(n_queries, QUANTIZE_ROWS))
@@ -194,44 +180,14 @@ def _attention_backward(
 
     dq = _like_heads_inside(q8, q_dtype)
     dk, dv = _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
-    scalars = (window, softmax_scale, survival, int(dropout_p * 2**32))
-    flags: dict[str, bool | int] = {
-        "CAUSAL": causal,
-        "WINDOW": window > 0,
-        "RANGES": key_range is not None,
-        "HIGH": high,
-    }
-    flags |= {"DROPOUT": dropout_p > 0, "GROUP": GRADIENT_ROWS, "D": dim, "DP": padded_dim, "MIX": mix}
-
-    signs = _signs(dim, mix, device)
-    tile = tiles.query_gradient
-    query_gradient_kernel[(triton.cdiv(n_queries, tile.rows) * batch * heads,)](
-        _descriptor(q8, tile.rows, padded_dim), _descriptor(k8, tile.keys, padded_dim),
-        _descriptor(k8_columns, padded_dim, tile.keys), _descriptor(residual, tile.keys, padded_dim),
-        _descriptor(residual_columns, padded_dim, tile.keys), _descriptor(v8_rows, tile.keys, padded_dim),
-        _descriptor(grad8, tile.rows, padded_dim), q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed,
-        shift, row_factor, row_delta, group, signs, dq, gradient_overflow, *dq.stride()[:3], heads, kv_heads, n_queries, n_keys,
-        n_groups, *scalars, COUNT=gradient_overflow is not None, **flags, **tile.launch,
+    kernels = hopper.launch if hopper.takes(call, device, count=gradient_overflow is not None) else launch
+    kernels.query_gradient(
+        call, q8, k8, k8_columns, residual, residual_columns, v8_rows, grad8, shift, row_factor, row_delta, group,
+        gradient_overflow, dq,
     )  # fmt: skip
-
-    tile = tiles.key_gradient
-    n_blocks = triton.cdiv(n_keys, tile.keys)
-    span = None
-    if key_range is not None:
-        span = torch.empty(batch, n_blocks, 4, dtype=torch.int32, device=device)
-        query_span_kernel[n_blocks, batch](
-            key_range, span, n_queries, n_keys, n_blocks, window, tile.keys, tile.rows, causal, window > 0
-        )
-    key_gradient_kernel[(n_blocks * batch * kv_heads,)](
-        _descriptor(q8, tile.rows, padded_dim), _descriptor(q8_columns, padded_dim, tile.rows),
-        _descriptor(k8, tile.keys, padded_dim), _descriptor(residual, tile.keys, padded_dim),
-        _descriptor(v8_rows, tile.keys, padded_dim), _descriptor(grad8, tile.rows, padded_dim),
-        _descriptor(grad8_columns, padded_dim, tile.rows), TensorDescriptor.from_tensor(group_shift.view(-1), [tile.rows]),
-        TensorDescriptor.from_tensor(group_delta.view(-1), [tile.rows]), q_quant_scale, k_quant_scale, key_range, span,
-        dropout_seed, group, signs, dk, dv, *dk.stride()[:3], heads, kv_heads, n_queries, n_keys, padded,
-        n_groups, *scalars,
-        **flags, **tile.launch,
-    )  # fmt: skip
+    kernels.key_gradient(
+        call, q8, q8_columns, k8, residual, v8_rows, grad8, grad8_columns, group_shift, group_delta, group, dk, dv
+    )
     return dq, dk, dv
 
 

@@ -195,6 +195,7 @@ def key_gradient_kernel(
     DROPOUT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    tl.static_assert(GROUP % BM == 0, "the rows of a tile must share a group's scales")
     block, i_kv = heaviest_first(tl.cdiv(n_keys, BN))
     start_key = block * BN
     batch, kv_head = i_kv // n_kv_heads, i_kv % n_kv_heads

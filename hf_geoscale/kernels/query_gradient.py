@@ -128,6 +128,7 @@ def query_gradient_kernel(
     COUNT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    tl.static_assert(GROUP % BM == 0, "the rows of a tile must share a group's scales")
     LOWER: tl.constexpr = WINDOW or RANGES
     block, i_head = heaviest_first(tl.cdiv(n_queries, BM))
     start_row = (tl.cdiv(n_queries, BM) - 1 - block) * BM

@@ -71,7 +71,7 @@ def row_bounds(
     """First and one-past-last key that each query row sees, as `Visibility.rows`; rows beyond the last see nothing."""
     valid = rows < n_queries
     last = tl.where(valid, n_keys, 0)
-    first = tl.zeros_like(rows)
+    first = rows * 0
     position = rows + (n_keys - n_queries)
     if CAUSAL:
         last = tl.minimum(last, position + 1)

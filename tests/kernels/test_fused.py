@@ -205,10 +205,13 @@ class TestBits:
 class TestExtremes:
     @pytest.mark.parametrize("magnitude", [2.0**-40, 2.0**-12, 2.0**3, 2.0**20])
     def test_magnitudes(self, magnitude):
-        """Logits in the hundreds and operands near zero."""
+        """Logits in the hundreds and operands near zero.
+
+        Without the mix, so that both quantise the same bits: one flipped rounding of q8 moves a logit of 500 by several units.
+        """
         leaves, _ = operands({"rows": 192})
         leaves = [(x * magnitude).detach().requires_grad_() for x in leaves]
-        options = {**scales(*leaves), "softmax_scale": 0.125 if magnitude < 2**20 else 2.0**-38}
+        options = {**scales(*leaves), "softmax_scale": 0.125 if magnitude < 2**20 else 2.0**-38, "incoherent": False}
         assert agree(run(leaves, options), run(leaves, options, "reference"))
 
     def test_logits_of_a_hundred_thousand_stay_finite(self):
@@ -270,13 +273,13 @@ class TestExtremes:
 
     @pytest.mark.parametrize("options", [{}, {"window": 50}, {"causal": False}], ids=str)
     def test_scales_that_change_between_groups_of_rows(self, options, monkeypatch):
-        """dO a thousand times larger in one group and zero in another, in groups of 64 rows."""
-        monkeypatch.setattr(fused, "GRADIENT_ROWS", 64)
-        monkeypatch.setattr(reference, "GRADIENT_ROWS", 64)
-        leaves, options = operands({"rows": 200, **options})
+        """dO a thousand times larger in one group and zero in another; groups of 128 rows, the most that one tile takes."""
+        monkeypatch.setattr(fused, "GRADIENT_ROWS", 128)
+        monkeypatch.setattr(reference, "GRADIENT_ROWS", 128)
+        leaves, options = operands({"rows": 400, **options})
         grad = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(5)).to(leaves[0])
-        grad[:, :, 64:128] *= 1000
-        grad[:, :, 128:192] = 0
+        grad[:, :, 128:256] *= 1000
+        grad[:, :, 256:384] = 0
         results = []
         for backend in ("triton", "reference"):
             out = fp8_attention(*leaves, **options, backend=backend)

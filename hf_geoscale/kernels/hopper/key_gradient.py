@@ -1,0 +1,245 @@
+"""dK and dV on Hopper: one program per block of keys and key/value head, 64 keys per warpgroup. Arithmetic of `..key_gradient`."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from .shared import (
+    HIDDEN,
+    ROWS,
+    accumulator,
+    allocate,
+    heaviest_first,
+    logit_factor,
+    mix,
+    operand,
+    query_span,
+    ring_barriers,
+    store_tile,
+    wait_free,
+    wait_ready,
+)
+
+
+@gluon.jit
+def block_span(
+    p_span,
+    batch,
+    start_key,
+    n_queries,
+    n_keys,
+    window,
+    KEYS: gl.constexpr,
+    BM: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr,
+    RANGES: gl.constexpr,
+):
+    """Rows (start, full_start, full_stop, stop) of a block of KEYS keys, as `query_span`; p_span has them per 64 keys."""
+    if RANGES:
+        n_blocks = gl.cdiv(n_keys, ROWS)
+        start, stop = n_queries, 0
+        full_start, full_stop = 0, n_queries
+        for i in gl.static_range(KEYS // ROWS):
+            block = start_key // ROWS + i
+            if block < n_blocks:
+                p_block = p_span + (batch * n_blocks + block) * 4
+                some_start, some_stop = gl.load(p_block), gl.load(p_block + 3)
+                start = min(start, some_start)
+                stop = max(stop, some_stop if some_start < some_stop else 0)
+                full_start = max(full_start, gl.load(p_block + 1))
+                full_stop = min(full_stop, gl.load(p_block + 2))
+        return start // BM * BM, full_start, full_stop, stop
+    else:
+        return query_span(start_key, n_queries, n_keys, window, KEYS, BM, CAUSAL, WINDOW)
+
+
+@gluon.jit
+def load_tiles(
+    descriptors, tiles, barriers, place, lengths, span, D: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, MIX: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: keys and values once, then every tile of queries and gradients that some warpgroup needs."""
+    d_q, d_grad, d_q_columns, d_grad_columns, d_shift, d_delta, d_k, d_v, d_signs = descriptors
+    q, grad, q_columns, grad_columns, shift, delta, k, v, signs = tiles
+    ready, free, held = barriers
+    i_kv, start_key, first_head, heads = place
+    n_queries, n_keys, n_padded = lengths
+    start, stop = span
+    mbarrier.expect(held, 2 * CONSUMERS * d_k.block_type.nbytes + (d_signs.block_type.nbytes if MIX else 0))
+    for i in gl.static_range(CONSUMERS):
+        tma.async_copy_global_to_shared(d_k, [i_kv * n_keys + start_key + i * ROWS, 0], held, k.index(i))
+        tma.async_copy_global_to_shared(d_v, [i_kv * n_keys + start_key + i * ROWS, 0], held, v.index(i))
+    if MIX:
+        tma.async_copy_global_to_shared(d_signs, [0, 0], held, signs.index(0))
+    turn = 0
+    for i_head in range(first_head, first_head + heads):
+        for start_row in range(start, stop, BM):
+            stage = wait_free(free, turn, STAGES)
+            here = ready.index(stage)
+            mbarrier.expect(here, 4 * d_q.block_type.nbytes + 2 * d_shift.block_type.nbytes)
+            tma.async_copy_global_to_shared(d_q, [i_head * n_queries + start_row, 0], here, q.index(stage))
+            tma.async_copy_global_to_shared(d_grad, [i_head * n_queries + start_row, 0], here, grad.index(stage))
+            tma.async_copy_global_to_shared(d_shift, [i_head * n_padded + start_row], here, shift.index(stage))
+            tma.async_copy_global_to_shared(d_delta, [i_head * n_padded + start_row], here, delta.index(stage))
+            tma.async_copy_global_to_shared(d_grad_columns, [i_head * D, start_row], here, grad_columns.index(stage))
+            tma.async_copy_global_to_shared(d_q_columns, [i_head * D, start_row], here, q_columns.index(stage))
+            turn += 1
+
+
+@gluon.jit
+def multiply_tiles(
+    context, WHICH: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+    MIX: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGES: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: dK and dV of the WHICH-th 64 keys of the block."""
+    S: gl.constexpr = accumulator(BM)
+    ROW: gl.constexpr = gl.SliceLayout(0, S)
+    tiles, barriers, place, lengths, span, scalars, pointers, strides = context
+    q, grad, q_columns, grad_columns, shift, delta, k, v, signs = tiles
+    ready, free, held = barriers
+    i_kv, block_key, first_head, heads = place
+    n_queries, n_keys, _ = lengths
+    block_start, block_stop = span
+    window, softmax_scale, n_groups, n_heads, n_kv_heads = scalars
+    p_q_quant_scale, p_k_quant_scale, p_range, p_span, p_group, p_dk, p_dv = pointers
+    start_key = block_key + WHICH * ROWS
+    batch, kv_head = i_kv // n_kv_heads, i_kv % n_kv_heads
+    start, full_start, full_stop, stop = block_span(
+        p_span, batch, start_key, n_queries, n_keys, window, ROWS, BM, CAUSAL, WINDOW, RANGES
+    )
+    k, v = k.index(WHICH), v.index(WHICH)
+    dk = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
+    dv = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
+    unused = gl.zeros([ROWS, BM], gl.float32, S)
+    dk_unit, dv_unit = 1.0, 1.0
+    mbarrier.wait(held, 0)
+    turn = 0
+    for i_head in range(first_head, first_head + heads):
+        factor = logit_factor(p_q_quant_scale, p_k_quant_scale, i_head % n_heads, kv_head, softmax_scale)
+        for group in range(block_start // GROUP, gl.cdiv(block_stop, GROUP)):
+            # rows of one group share the scales of dO′8 and dS8: the accumulators change units in between
+            p_scales = p_group + (i_head * n_groups + group) * 4
+            group_factor = gl.load(p_scales)
+            new_dk_unit, new_dv_unit = gl.load(p_scales + 1), gl.load(p_scales + 2)
+            dk *= dk_unit / new_dk_unit
+            dv *= dv_unit / new_dv_unit
+            dk_unit, dv_unit = new_dk_unit, new_dv_unit
+            for start_row in range(max(block_start, group * GROUP), min(block_stop, (group + 1) * GROUP), BM):
+                stage = wait_ready(ready, turn, STAGES)
+                if (start_row >= start) & (start_row < stop):
+                    s = warpgroup_mma(k, q.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
+                    dp = warpgroup_mma(v, grad.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
+                    row_shift = shift.index(stage).load(ROW)
+                    s = warpgroup_mma_wait(1, deps=[s])
+                    if (start_row < full_start) | (start_row >= full_stop):
+                        rows = start_row + gl.arange(0, BM, ROW)
+                        keys = start_key + gl.arange(0, ROWS, gl.SliceLayout(1, S))
+                        position = rows + (n_keys - n_queries)
+                        if CAUSAL:  # rows beyond the last have P̃ = 0 by their shift
+                            s = gl.where(keys[:, None] <= position[None, :], s, HIDDEN)
+                        if WINDOW:
+                            s = gl.where(keys[:, None] > (position - window)[None, :], s, HIDDEN)
+                        if RANGES:
+                            p_row = p_range + (batch.to(gl.int64) * n_queries + gl.minimum(rows, n_queries - 1)) * 2
+                            s = gl.where(keys[:, None] >= gl.load(p_row)[None, :], s, HIDDEN)
+                            s = gl.where(keys[:, None] < gl.load(p_row + 1)[None, :], s, HIDDEN)
+                    p = gl.exp2(s * factor - row_shift[None, :])
+                    dp = warpgroup_mma_wait(0, deps=[dp])
+                    p8 = operand(p, BM)
+                    row_delta = delta.index(stage).load(ROW)  # as late as it goes: registers are short
+                    ds8 = operand(p * (dp * group_factor - row_delta[None, :]), BM)
+                    dv = warpgroup_mma(p8, grad_columns.index(stage).permute((1, 0)), dv, is_async=True)
+                    dk = warpgroup_mma(ds8, q_columns.index(stage).permute((1, 0)), dk, is_async=True)
+                    dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
+                mbarrier.arrive(free.index(stage), count=1)
+                turn += 1
+    dk *= dk_unit
+    dv *= dv_unit
+    if MIX:
+        dk = mix(dk, signs.index(0), DP, MIX)
+    stride_b, stride_h, stride_l = strides
+    store_tile(p_dk, dk, batch, kv_head, start_key, n_keys, stride_b, stride_h, stride_l, D, DP)
+    store_tile(p_dv, dv, batch, kv_head, start_key, n_keys, stride_b, stride_h, stride_l, D, DP)
+
+
+@gluon.jit
+def key_gradient_kernel(
+    d_q,  # descriptors: (B·Hq·Lq, D) E4M3
+    d_q_columns,  # (B·Hq·D, Lp)
+    d_k,  # (B·Hkv·Lk, D)
+    d_v,  # (B·Hkv·Lk, D)
+    d_grad,  # (B·Hq·Lq, D): dO′8
+    d_grad_columns,  # (B·Hq·D, Lp)
+    d_shift,  # (B·Hq·Lp,)
+    d_delta,  # (B·Hq·Lp,)
+    d_signs,  # (DP, DP) bfloat16, with MIX
+    p_q_quant_scale,
+    p_k_quant_scale,
+    p_range,  # (B, Lq, 2) int32, with RANGES
+    p_span,  # (B, ⌈Lk / 64⌉, 4), with RANGES
+    p_group,  # (B, Hq, groups, 4)
+    p_dk,  # (B, Hkv, Lk, D), strides dk_*
+    p_dv,  # same strides
+    dk_b,
+    dk_h,
+    dk_l,
+    n_heads,
+    n_kv_heads,
+    n_queries,
+    n_keys,
+    n_padded,
+    n_groups,
+    window,
+    softmax_scale,
+    GROUP: gl.constexpr,
+    D: gl.constexpr,
+    DP: gl.constexpr,
+    BM: gl.constexpr,
+    MIX: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr,
+    RANGES: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    KEYS: gl.constexpr = CONSUMERS * ROWS
+    block, i_kv = heaviest_first(gl.cdiv(n_keys, KEYS))
+    start_key, heads = block * KEYS, n_heads // n_kv_heads
+    start, _, _, stop = block_span(
+        p_span, i_kv // n_kv_heads, start_key, n_queries, n_keys, window, KEYS, BM, CAUSAL, WINDOW, RANGES
+    )
+    descriptors = (d_q, d_grad, d_q_columns, d_grad_columns, d_shift, d_delta, d_k, d_v, d_signs)
+    tiles = (
+        allocate(d_q, STAGES), allocate(d_grad, STAGES), allocate(d_q_columns, STAGES), allocate(d_grad_columns, STAGES),
+        allocate(d_shift, STAGES), allocate(d_delta, STAGES), allocate(d_k, CONSUMERS), allocate(d_v, CONSUMERS),
+        allocate(d_signs, 1) if MIX else None,
+    )  # fmt: skip
+    barriers = ring_barriers(STAGES, CONSUMERS)
+    place, lengths, span = (i_kv, start_key, i_kv * heads, heads), (n_queries, n_keys, n_padded), (start, stop)
+    scalars = (window, softmax_scale, n_groups, n_heads, n_kv_heads)
+    pointers = (p_q_quant_scale, p_k_quant_scale, p_range, p_span, p_group, p_dk, p_dv)
+    strides = (dk_b, dk_h, dk_l)
+    context = (tiles, barriers, place, lengths, span, scalars, pointers, strides)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
+                (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
+                (load_tiles, (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, MIX)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
+                (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
+                (multiply_tiles, (context, 2, GROUP, D, DP, BM, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
+                (load_tiles, (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, MIX)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )

@@ -1,0 +1,120 @@
+"""Launches of the Hopper kernels, and their launch shapes."""
+
+from dataclasses import dataclass
+
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..launch import Call, query_spans
+from .forward import forward_kernel
+from .key_gradient import key_gradient_kernel
+from .query_gradient import query_gradient_kernel
+
+ROWS = 64
+"""Rows of one multiplying warpgroup (`shared.ROWS`)."""
+
+
+@dataclass(frozen=True)
+class Ring:
+    """One launch shape: length of a tile along the loop, tiles in flight, multiplying warpgroups that share them."""
+
+    length: int
+    stages: int
+    consumers: int
+
+    @property
+    def block(self) -> int:
+        """Rows or keys of one program."""
+        return ROWS * self.consumers
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """As keyword arguments: the registers are 64 Ki over the program's threads, most of them to the multiplying warpgroups."""
+        registers, average = {2: (240, 168), 3: (160, 128)}[self.consumers]
+        return {
+            "STAGES": self.stages,
+            "CONSUMERS": self.consumers,
+            "REGISTERS": registers,
+            "num_warps": 4,
+            "maxnreg": average,
+        }
+
+
+@dataclass(frozen=True)
+class Rings:
+    """Launch shapes of the three attention kernels."""
+
+    forward: Ring
+    query_gradient: Ring
+    key_gradient: Ring
+
+
+TABLE = {
+    64: Rings(Ring(128, 2, 3), Ring(64, 4, 3), Ring(64, 4, 3)),
+    128: Rings(Ring(128, 2, 3), Ring(64, 4, 3), Ring(64, 3, 2)),
+}
+"""By padded head dimension."""
+
+
+def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """View x as (…, last dimension) for tile loads of (rows, columns); what lies outside reads as zero."""
+    dtype = gl.float8e4nv if x.element_size() == 1 else gl.bfloat16
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [rows, columns], layout)
+
+
+def _vectors(x: Tensor, length: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x.view(-1), [length], gl.NVMMASharedLayout(0, 32, 1))
+
+
+def _flags(call: Call) -> dict[str, bool | int]:
+    return {name: flag for name, flag in call.flags.items() if name not in ("HIGH", "DROPOUT")}
+
+
+def forward(call: Call, q8, k8, residual, v8, out, shift, row_sum, logit_max) -> None:
+    """As the portable launch; `residual` and `logit_max` are not used."""
+    batch, heads, n_queries, _ = q8.shape
+    kv_heads, n_keys = k8.shape[1:3]
+    dim = call.padded_dim
+    ring = TABLE[dim].forward
+    forward_kernel[(triton.cdiv(n_queries, ring.block) * batch * heads,)](
+        _tiles(q8, ROWS, dim), _tiles(k8, ring.length, dim), _tiles(v8, dim, ring.length), *call.scales, call.key_range, out, shift,
+        row_sum, *out.stride()[:3], heads, kv_heads, n_queries, n_keys, call.window, call.softmax_scale, BN=ring.length,
+        **_flags(call), **ring.launch,
+    )  # fmt: skip
+
+
+def query_gradient(
+    call: Call, q8, k8, k8_columns, residual, residual_columns, v8, grad8, shift, row_factor, row_delta, group, overflow, dq
+) -> None:  # fmt: skip
+    """As the portable launch; the residuals and `overflow` are not used."""
+    batch, heads, n_queries, _ = q8.shape
+    kv_heads, n_keys = k8.shape[1:3]
+    dim = call.padded_dim
+    ring = TABLE[dim].query_gradient
+    query_gradient_kernel[(triton.cdiv(n_queries, ring.block) * batch * heads,)](
+        _tiles(q8, ROWS, dim), _tiles(k8, ring.length, dim), _tiles(k8_columns, dim, ring.length), _tiles(v8, ring.length, dim),
+        _tiles(grad8, ROWS, dim), _tiles(call.signs, dim, dim) if call.mix else None, *call.scales, call.key_range, shift,
+        row_factor, row_delta, group, dq, *dq.stride()[:3], heads, kv_heads, n_queries, n_keys, group.shape[2], call.window,
+        call.softmax_scale, GROUP=call.group_rows, BN=ring.length, MIX=call.mix, **_flags(call), **ring.launch,
+    )  # fmt: skip
+
+
+def key_gradient(
+    call: Call, q8, q8_columns, k8, residual, v8, grad8, grad8_columns, group_shift, group_delta, group, dk, dv
+) -> None:
+    """As the portable launch; `residual` is not used."""
+    batch, heads, n_queries, _ = q8.shape
+    kv_heads, n_keys = k8.shape[1:3]
+    dim = call.padded_dim
+    ring = TABLE[dim].key_gradient
+    key_gradient_kernel[(triton.cdiv(n_keys, ring.block) * batch * kv_heads,)](
+        _tiles(q8, ring.length, dim), _tiles(q8_columns, dim, ring.length), _tiles(k8, ROWS, dim), _tiles(v8, ROWS, dim),
+        _tiles(grad8, ring.length, dim), _tiles(grad8_columns, dim, ring.length), _vectors(group_shift, ring.length),
+        _vectors(group_delta, ring.length), _tiles(call.signs, dim, dim) if call.mix else None, *call.scales[:2], call.key_range,
+        query_spans(call, batch, n_queries, n_keys, ROWS, ring.length), group, dk, dv, *dk.stride()[:3], heads, kv_heads,
+        n_queries, n_keys, group_shift.shape[2], group.shape[2], call.window, call.softmax_scale, GROUP=call.group_rows,
+        BM=ring.length, MIX=call.mix, **_flags(call), **ring.launch,
+    )  # fmt: skip

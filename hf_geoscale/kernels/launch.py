@@ -1,0 +1,166 @@
+"""Launches of the portable attention kernels. `hopper.launch` has the same three functions."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .forward import forward_kernel
+from .key_gradient import key_gradient_kernel, query_span_kernel
+from .query_gradient import query_gradient_kernel
+from .reference import GRADIENT_ROWS
+from .tiles import Tiles, padded_head_dim, tiles_for
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the launches of one attention call share."""
+
+    q_quant_scale: Tensor  # (Hq,)
+    k_quant_scale: Tensor  # (Hkv,)
+    v_quant_scale: Tensor  # (Hkv,)
+    key_range: Tensor | None  # (B, Lq, 2) int32, contiguous
+    dropout_seed: Tensor | None  # () int64
+    softmax_scale: float
+    causal: bool
+    window: int  # 0: none
+    dropout_p: float
+    high: bool
+    dim: int
+    signs: Tensor | None  # of the Hadamard mix, (DP, DP) or less
+    mix: int  # width of its blocks, 0: none
+    group_rows: int = GRADIENT_ROWS
+
+    @property
+    def scales(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_quant_scale, self.k_quant_scale, self.v_quant_scale
+
+    @property
+    def padded_dim(self) -> int:
+        return padded_head_dim(self.dim)
+
+    @property
+    def tiles(self) -> Tiles:
+        return tiles_for(self.q_quant_scale.device, self.dim, self.high)
+
+    @property
+    def scalars(self) -> tuple[int, float, float, int]:
+        """window, softmax_scale, probability to survive dropout, and the threshold of 32 random bits that does."""
+        return self.window, self.softmax_scale, 1 - self.dropout_p, int(self.dropout_p * 2**32)
+
+    @property
+    def flags(self) -> dict[str, bool | int]:
+        """Compile-time arguments that all three kernels take."""
+        return {
+            "CAUSAL": self.causal,
+            "WINDOW": self.window > 0,
+            "RANGES": self.key_range is not None,
+            "HIGH": self.high,
+            "DROPOUT": self.dropout_p > 0,
+            "D": self.dim,
+            "DP": self.padded_dim,
+        }
+
+
+def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """View x as (…, last dimension) for tile loads of (rows, columns); what lies outside reads as zero."""
+    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [rows, columns])
+
+
+def _vectors(x: Tensor, length: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x.view(-1), [length])
+
+
+def forward(
+    call: Call,
+    q8: Tensor,  # (B, Hq, Lq, D)
+    k8: Tensor,  # (B, Hkv, Lk, D)
+    residual: Tensor,  # (B, Hkv, Lk, D), or empty
+    v8: Tensor,  # (B, Hkv, D, Lp)
+    out: Tensor,  # (B, Hq, Lq, D)
+    shift: Tensor,  # (B, Hq, Lq)
+    row_sum: Tensor,  # (B, Hq, Lq)
+    logit_max: Tensor,  # (Hq,), or empty
+) -> None:
+    """O into out, and the row statistics."""
+    batch, heads, n_queries, _ = q8.shape
+    kv_heads, n_keys = k8.shape[1:3]
+    tile, dim = call.tiles.forward, call.padded_dim
+    d_k = _tiles(k8, tile.keys, dim)
+    forward_kernel[(triton.cdiv(n_queries, tile.rows) * batch * heads,)](
+        _tiles(q8, tile.rows, dim), d_k, _tiles(residual, tile.keys, dim) if call.high else d_k, _tiles(v8, dim, tile.keys),
+        *call.scales, call.key_range, call.dropout_seed, out, shift, row_sum, logit_max, *out.stride()[:3], heads, kv_heads,
+        n_queries, n_keys, *call.scalars, OBSERVE=logit_max.numel() > 0, **call.flags, **tile.launch,
+    )  # fmt: skip
+
+
+def query_gradient(
+    call: Call,
+    q8: Tensor,  # (B, Hq, Lq, D)
+    k8: Tensor,  # (B, Hkv, Lk, D)
+    k8_columns: Tensor,  # (B, Hkv, D, Lp)
+    residual: Tensor,  # (B, Hkv, Lk, D), any with call.high False
+    residual_columns: Tensor,  # (B, Hkv, D, Lp)
+    v8: Tensor,  # (B, Hkv, Lk, D)
+    grad8: Tensor,  # (B, Hq, Lq, D)
+    shift: Tensor,  # (B, Hq, Lq)
+    row_factor: Tensor,  # (B, Hq, Lq)
+    row_delta: Tensor,  # (B, Hq, Lq)
+    group: Tensor,  # (B, Hq, groups, 4)
+    overflow: Tensor | None,  # (1,) int64
+    dq: Tensor,  # (B, Hq, Lq, D)
+) -> None:
+    """dQ into dq, and the overflows of dS8 added to overflow."""
+    batch, heads, n_queries, _ = q8.shape
+    kv_heads, n_keys = k8.shape[1:3]
+    tile, dim = call.tiles.query_gradient, call.padded_dim
+    query_gradient_kernel[(triton.cdiv(n_queries, tile.rows) * batch * heads,)](
+        _tiles(q8, tile.rows, dim), _tiles(k8, tile.keys, dim), _tiles(k8_columns, dim, tile.keys),
+        _tiles(residual, tile.keys, dim), _tiles(residual_columns, dim, tile.keys), _tiles(v8, tile.keys, dim),
+        _tiles(grad8, tile.rows, dim), *call.scales, call.key_range, call.dropout_seed, shift, row_factor, row_delta, group,
+        call.signs, dq, overflow, *dq.stride()[:3], heads, kv_heads, n_queries, n_keys, group.shape[2], *call.scalars,
+        GROUP=call.group_rows, MIX=call.mix, COUNT=overflow is not None, **call.flags, **tile.launch,
+    )  # fmt: skip
+
+
+def key_gradient(
+    call: Call,
+    q8: Tensor,  # (B, Hq, Lq, D)
+    q8_columns: Tensor,  # (B, Hq, D, Lp)
+    k8: Tensor,  # (B, Hkv, Lk, D)
+    residual: Tensor,  # (B, Hkv, Lk, D), any with call.high False
+    v8: Tensor,  # (B, Hkv, Lk, D)
+    grad8: Tensor,  # (B, Hq, Lq, D)
+    grad8_columns: Tensor,  # (B, Hq, D, Lp)
+    group_shift: Tensor,  # (B, Hq, Lp)
+    group_delta: Tensor,  # (B, Hq, Lp)
+    group: Tensor,  # (B, Hq, groups, 4)
+    dk: Tensor,  # (B, Hkv, Lk, D)
+    dv: Tensor,  # (B, Hkv, Lk, D)
+) -> None:
+    """dK and dV into dk and dv."""
+    batch, heads, n_queries, _ = q8.shape
+    kv_heads, n_keys = k8.shape[1:3]
+    tile, dim = call.tiles.key_gradient, call.padded_dim
+    key_gradient_kernel[(triton.cdiv(n_keys, tile.keys) * batch * kv_heads,)](
+        _tiles(q8, tile.rows, dim), _tiles(q8_columns, dim, tile.rows), _tiles(k8, tile.keys, dim),
+        _tiles(residual, tile.keys, dim), _tiles(v8, tile.keys, dim), _tiles(grad8, tile.rows, dim),
+        _tiles(grad8_columns, dim, tile.rows), _vectors(group_shift, tile.rows), _vectors(group_delta, tile.rows),
+        *call.scales[:2], call.key_range, query_spans(call, batch, n_queries, n_keys, tile.keys, tile.rows), call.dropout_seed,
+        group, call.signs, dk, dv, *dk.stride()[:3], heads, kv_heads, n_queries, n_keys, group_shift.shape[2], group.shape[2],
+        *call.scalars, GROUP=call.group_rows, MIX=call.mix, **call.flags, **tile.launch,
+    )  # fmt: skip
+
+
+def query_spans(call: Call, batch: int, n_queries: int, n_keys: int, keys: int, rows: int) -> Tensor | None:
+    """Which rows see each block of keys, (B, blocks, 4) int32 as `query_span`; None where a kernel computes it itself."""
+    if call.key_range is None:
+        return None
+    n_blocks = triton.cdiv(n_keys, keys)
+    span = torch.empty(batch, n_blocks, 4, dtype=torch.int32, device=call.key_range.device)
+    query_span_kernel[n_blocks, batch](
+        call.key_range, span, n_queries, n_keys, n_blocks, call.window, keys, rows, call.causal, call.window > 0
+    )
+    return span
