@@ -12,16 +12,20 @@ import argparse
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import triton
-from rivals import RIVALS, Shape
+from cudnn_fp8 import CudnnFp8, CudnnFp8IdleWindow
+from rivals import Fa3, Rival, SdpaCudnn, SdpaFlash, Shape
+from speed_report import plot, to_markdown
 from torch import Tensor
 
-from hf_geoscale.kernels import fused
+from hf_geoscale.kernels import fused, hopper, launch
 from hf_geoscale.scaling import E4M3
 
 TOKENS = 16384
@@ -73,47 +77,49 @@ class Ours:
 
     def _record(self) -> None:
         """Keep the launches of the three attention kernels, so that they can be repeated without the quantising ones."""
-        names = ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
-        originals = {name: getattr(fused, name) for name in names}
+        names = ("forward", "query_gradient", "key_gradient")
+        modules = [module for module in (launch, hopper.launch) if module]
+        originals = {(module, name): getattr(module, name) for module in modules for name in names}
 
-        class Recorder:
-            def __init__(self, name, kernels):
-                self.name, self.kernels = name, kernels
+        def recorded(name, original):
+            def run(*args):
+                self.kernels[name] = lambda: original(*args)
+                original(*args)
 
-            def __getitem__(self, grid):
-                def launch(*args, **kwargs):
-                    self.kernels[self.name] = lambda: originals[self.name][grid](*args, **kwargs)
-                    return self.kernels[self.name]()
-
-                return launch
+            return run
 
         try:
-            for name in names:
-                setattr(fused, name, Recorder(name, self.kernels))
+            for (module, name), original in originals.items():
+                setattr(module, name, recorded(name, original))
             self.whole_both()
         finally:
-            for name, kernel in originals.items():
-                setattr(fused, name, kernel)
+            for (module, name), original in originals.items():
+                setattr(module, name, original)
 
     def forward(self) -> None:
         if not self.kernels:
             self._record()
-        self.kernels["forward_kernel"]()
+        self.kernels["forward"]()
 
     def backward(self) -> None:
         if not self.kernels:
             self._record()
-        self.kernels["query_gradient_kernel"]()
-        self.kernels["key_gradient_kernel"]()
+        self.kernels["query_gradient"]()
+        self.kernels["key_gradient"]()
 
     def result(self) -> tuple[Tensor, ...]:
         return self.whole_both()
 
 
-CONTENDERS = {
+CONTENDERS: dict[str, Callable[..., Ours | Rival]] = {
     "hf_geoscale FP8": Ours,
-    "hf_geoscale FP8, high": lambda *arguments: Ours(*arguments, high=True),
-    **RIVALS,
+    "hf_geoscale FP8, high": partial(Ours, high=True),
+    SdpaCudnn.name: SdpaCudnn,
+    SdpaFlash.name: SdpaFlash,
+    CudnnFp8.name: CudnnFp8,
+    CudnnFp8IdleWindow.name: CudnnFp8IdleWindow,
+    "FlashAttention-3 BF16": Fa3,
+    "FlashAttention-3 FP8": partial(Fa3, fp8=True),
 }
 
 
@@ -141,22 +147,23 @@ def exact(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, shape: Shape) -> list[T
     return [out, *torch.autograd.grad(out, (q, k, v), grad.float())]
 
 
-def gate(name: str, make, shape: Shape) -> str | None:
-    """Why an implementation may not be timed on a shape, or None: it must be right on a short input of it."""
+def gate(name: str, make, shape: Shape) -> tuple[str | None, dict[str, float]]:
+    """Why an implementation may not be timed on a shape, or None: it must be right on a short input of it; and its errors there."""
     short = Shape(1, GATE_LENGTH, shape.heads, shape.kv_heads, shape.dim, min(shape.window or 0, 200) or None)
     tensors = draw(short, seed=1)
     try:
         results = make(*tensors, short).result()
     except (ImportError, NotImplementedError, RuntimeError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}", {}
     allowed = GATE["FP8" if "FP8" in name else "BF16"]
+    errors: dict[str, float] = {}
     for label, mine, theirs in zip(("O", "dQ", "dK", "dV"), results, exact(*tensors, short), strict=True):
         if mine is None:
             continue
-        error = float((mine.float() - theirs).norm() / theirs.norm())
-        if not error < allowed:
-            return f"wrong: {label} has relative error {error:.3f}, allowed {allowed}"
-    return None
+        errors[label] = float((mine.float() - theirs).norm() / theirs.norm())
+        if not errors[label] < allowed:
+            return f"wrong: {label} has relative error {errors[label]:.3f}, allowed {allowed}", errors
+    return None, errors
 
 
 def visible_logits(shape: Shape) -> float:
@@ -202,79 +209,24 @@ def measure(models: list[str], lengths: list[int]) -> list[dict]:
         heads, kv_heads, dim, window = MODELS[model]
         allowed = {}
         for name, make in CONTENDERS.items():
-            reason = gate(name, make, Shape(1, GATE_LENGTH, heads, kv_heads, dim, window))
+            reason, errors = gate(name, make, Shape(1, GATE_LENGTH, heads, kv_heads, dim, window))
             print(f"{model}: {name}: {reason or 'correct'}", flush=True)
             if reason is None:
-                allowed[name] = make
+                allowed[name] = make, errors
         for length in lengths:
             shape = Shape(max(TOKENS // length, 1), length, heads, kv_heads, dim, window)
             flops = 4 * shape.batch * heads * visible_logits(shape) * dim
-            for name, make in allowed.items():
+            for name, (make, errors) in allowed.items():
                 try:
                     times = time_one(make, shape)
                 except (NotImplementedError, RuntimeError) as error:
                     print(f"{model} L{length}: {name}: {str(error).splitlines()[0][:120]}", flush=True)
                     continue
-                rows.append({"model": model, **asdict(shape), "name": name, "forward_flops": flops, "ms": times})
+                row = {"model": model, **asdict(shape), "name": name, "forward_flops": flops, "ms": times}
+                rows.append(row | {"gate_errors": errors})
                 print(f"{model} L{length}: {name}: { {k: round(v[1], 3) for k, v in times.items()} }", flush=True)
                 torch.cuda.empty_cache()
     return rows
-
-
-def to_markdown(rows: list[dict], host: dict[str, str]) -> str:
-    lines = [
-        "Generated by `python benchmarks/attention_speed.py`; medians, causal, "
-        + ", ".join(f"{key} {value}" for key, value in host.items())
-        + ".",
-        "",
-        "Kernel only: TFLOP/s of the attention kernels. Whole op: milliseconds from BF16 q, k, v, dO to BF16 O, dQ, dK, dV. Ratio:",
-        "SDPA cuDNN BF16's whole forward + backward over this one's.",
-        "",
-    ]
-    for model in dict.fromkeys(row["model"] for row in rows):
-        lines += [
-            f"**{model}**",
-            "",
-            "| tokens | implementation | forward TFLOP/s | backward TFLOP/s | whole forward ms | whole both ms | ratio |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for row in (r for r in rows if r["model"] == model):
-            ms, flops = {k: v[1] for k, v in row["ms"].items()}, row["forward_flops"]
-            rival = next((r for r in rows if _same_shape(r, row) and r["name"] == "SDPA cuDNN BF16"), None)
-            cells = [f"{row['batch']} × {row['length']}", row["name"], f"{flops / ms['kernel forward'] / 1e9:.0f}"]
-            both = ms.get("whole both")
-            cells.append(f"{2.5 * flops / ms['kernel backward'] / 1e9:.0f}" if both else "–")
-            cells += [f"{ms['whole forward']:.2f}", f"{both:.2f}" if both else "–"]
-            cells.append(f"{rival['ms']['whole both'][1] / both:.2f}" if rival and both else "–")
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _same_shape(a: dict, b: dict) -> bool:
-    return a["model"] == b["model"] and a["length"] == b["length"]
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Whole-op forward + backward TFLOP/s over the length, a panel a model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(models), figsize=(4.2 * len(models), 3.6), sharey=True, squeeze=False)
-    for axis, model in zip(axes[0], models, strict=True):
-        for name in CONTENDERS:
-            points = [r for r in rows if r["model"] == model and r["name"] == name and "whole both" in r["ms"]]
-            if points:
-                speed = [3.5 * r["forward_flops"] / r["ms"]["whole both"][1] / 1e9 for r in points]
-                axis.plot([r["length"] for r in points], speed, marker="o", label=name)
-        axis.set(title=model, xscale="log", xlabel="sequence length")
-    axes[0][0].set_ylabel("TFLOP/s, forward + backward, whole op")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=140)
 
 
 def main() -> None:

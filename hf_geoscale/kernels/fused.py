@@ -199,22 +199,31 @@ def _fake_backward(
     return _like_heads_inside(q8, q_dtype), _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
 
 
-def _save(ctx, inputs, output) -> None:
-    query, key, value, q_scale, k_scale, v_scale, key_range, seed, overflow, *options = inputs
-    ctx.save_for_backward(*output[:8], q_scale, k_scale, v_scale, key_range, seed, overflow)
-    ctx.options = options[:5]
-    ctx.dtypes = [query.dtype, key.dtype, value.dtype]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+class _Attention(torch.autograd.Function):
+    """Autograd of the op, at its Autograd key: `torch.library.register_autograd` adds 0.5 ms of CPU time to every call."""
 
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = attention_forward(*inputs)
+        query, key, value, q_scale, k_scale, v_scale, key_range, seed, overflow, *options = inputs
+        ctx.save_for_backward(*output[:8], q_scale, k_scale, v_scale, key_range, seed, overflow)
+        ctx.options = options[:5]
+        ctx.dtypes = [query.dtype, key.dtype, value.dtype]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        return output
 
-def _differentiate(ctx, grad_out, *_):
-    if grad_out is None:
-        return (None,) * 17
-    if torch.is_grad_enabled():
-        raise RuntimeError("fp8_attention has first derivatives only; its backward was called with create_graph=True")
-    grads = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, *ctx.dtypes)
-    return (*grads, *[None] * 14)
+    @staticmethod
+    def backward(ctx, grad_out, *_):
+        if grad_out is None:
+            return (None,) * 17
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fp8_attention has first derivatives only; its backward was called with create_graph=True"
+            )
+        grads = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, *ctx.dtypes)
+        return (*grads, *[None] * 14)
 
 
 def _on_device_of_operands(run):
@@ -237,7 +246,7 @@ for _name, _run, _fake, _mutated in (
     _library.define(_name + torch.library.infer_schema(_run, mutates_args=_mutated))
     _library.impl(_name, _on_device_of_operands(_run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"hf_geoscale::{_name}", _fake, lib=_library)
-torch.library.register_autograd("hf_geoscale::fp8_attention", _differentiate, setup_context=_save, lib=_library)
+_library.impl("fp8_attention", _Attention.apply, "Autograd")
 attention_forward = torch.ops.hf_geoscale.fp8_attention
 attention_backward = torch.ops.hf_geoscale.fp8_attention_backward
 

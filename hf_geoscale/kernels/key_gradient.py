@@ -108,6 +108,7 @@ def key_tile(
     seed,
     threshold,
     i_head,
+    masked,
     BM: tl.constexpr,
     BN: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -115,7 +116,6 @@ def key_tile(
     RANGES: tl.constexpr,
     HIGH: tl.constexpr,
     DROPOUT: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
     q = d_q.load([i_query_row + start_row, 0])
     grad = d_grad.load([i_query_row + start_row, 0])
@@ -123,7 +123,7 @@ def key_tile(
     if HIGH:
         s += tl.dot(residual, q.T) * (1 / RESIDUAL_GAIN)
     dp = tl.dot(v, grad.T)
-    if MASKED:
+    if masked:
         rows, keys = start_row + tl.arange(0, BM), start_key + tl.arange(0, BN)
         if WINDOW or RANGES:
             first, last = row_bounds(rows, batch, p_range, n_queries, n_keys, window, CAUSAL, WINDOW, RANGES)
@@ -228,25 +228,13 @@ def key_gradient_kernel(
             dv *= dv_unit / new_dv_unit
             dk_unit, dv_unit = new_dk_unit, new_dv_unit
             low, high = group * GROUP, (group + 1) * GROUP
-            for start_row in tl.range(tl.maximum(start, low), tl.minimum(full_start, high), BM, num_stages=STAGES):
+            for start_row in tl.range(tl.maximum(start, low), tl.minimum(stop, high), BM, num_stages=STAGES):
+                masked = (start_row < full_start) | (start_row >= full_stop)
                 dk, dv = key_tile(
                     dk, dv, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns, d_shift, d_delta, p_range, i_query_row,
                     i_padded_row, i_column_row, start_row, start_key, factor, group_factor, batch, n_queries, n_keys,
-                    window, seed, threshold, i_head, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, True,
+                    window, seed, threshold, i_head, masked, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT,
                 )  # fmt: skip
-            for start_row in tl.range(tl.maximum(full_start, low), tl.minimum(full_stop, high), BM, num_stages=STAGES):
-                dk, dv = key_tile(
-                    dk, dv, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns, d_shift, d_delta, p_range, i_query_row,
-                    i_padded_row, i_column_row, start_row, start_key, factor, group_factor, batch, n_queries, n_keys,
-                    window, seed, threshold, i_head, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, False,
-                )  # fmt: skip
-            if WINDOW or RANGES:
-                for start_row in tl.range(tl.maximum(full_stop, low), tl.minimum(stop, high), BM, num_stages=STAGES):
-                    dk, dv = key_tile(
-                        dk, dv, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns, d_shift, d_delta, p_range, i_query_row,
-                        i_padded_row, i_column_row, start_row, start_key, factor, group_factor, batch, n_queries, n_keys,
-                        window, seed, threshold, i_head, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, True,
-                    )  # fmt: skip
     dk *= dk_unit
     dv *= dv_unit
     if MIX:

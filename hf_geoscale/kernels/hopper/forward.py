@@ -17,6 +17,9 @@ from .shared import (
     operand,
     ring_barriers,
     row_bounds,
+    row_maximum,
+    row_total,
+    skip_tiles,
     store_tile,
     wait_free,
     wait_ready,
@@ -43,7 +46,7 @@ def load_tiles(
         mbarrier.expect(here, 2 * d_k.block_type.nbytes)
         tma.async_copy_global_to_shared(d_k, [i_kv * n_keys + start_key, 0], here, k.index(stage))
         tma.async_copy_global_to_shared(d_v, [i_kv * D, start_key], here, v.index(stage))
-        turn += 1
+        turn += 1  # noqa: SIM113 - Gluon has no enumerate
 
 
 @gluon.jit
@@ -71,6 +74,8 @@ def multiply_tiles(
     start, full_start, full_stop, stop = key_span(
         rows, first, last, start_row, n_queries, n_keys, window, BN, ROWS, CAUSAL, WINDOW, RANGES
     )
+    if start_row >= n_queries:  # rows of the last block beyond the last
+        start, stop = block_stop, block_stop
     factor = logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale)
     q = q.index(WHICH)
     acc = gl.zeros([ROWS, DP], gl.float32, OUT)
@@ -78,27 +83,27 @@ def multiply_tiles(
     row_sum = gl.zeros([ROWS], gl.float32, ROW)
     row_max = gl.full([ROWS], NOTHING_SEEN, gl.float32, ROW)
     mbarrier.wait(held, 0)
-    turn = 0
-    for start_key in range(block_start, block_stop, BN):
+    turn = skip_tiles(ready, free, gl.to_tensor(0), block_start, min(start, block_stop), BN, STAGES)
+    for start_key in range(start, stop, BN):
         stage = wait_ready(ready, turn, STAGES)
-        if (start_key >= start) & (start_key < stop):
-            s = warpgroup_mma(q, k.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=[s])
-            if (start_key < full_start) | (start_key >= full_stop):
-                keys = start_key + gl.arange(0, BN, gl.SliceLayout(0, S))
-                s = gl.where(keys[None, :] < last[:, None], s, HIDDEN)
-                if LOWER:
-                    s = gl.where(keys[None, :] >= first[:, None], s, HIDDEN)
-            new_max = gl.maximum(row_max, gl.max(s, 1))
-            p = gl.exp2(s * factor - (new_max * factor - PROBABILITY_LOG2)[:, None])
-            rescale = gl.exp2((row_max - new_max) * factor)
-            row_sum = row_sum * rescale + gl.sum(p, 1)
-            acc *= gl.convert_layout(rescale, OUT_ROW, assert_trivial=True)[:, None]
-            acc = warpgroup_mma(operand(p, BN), v.index(stage).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            row_max = new_max
+        s = warpgroup_mma(q, k.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        if (start_key < full_start) | (start_key >= full_stop):
+            keys = start_key + gl.arange(0, BN, gl.SliceLayout(0, S))
+            s = gl.where(keys[None, :] < last[:, None], s, HIDDEN)
+            if LOWER:
+                s = gl.where(keys[None, :] >= first[:, None], s, HIDDEN)
+        new_max = gl.maximum(row_max, gl.convert_layout(row_maximum(s), ROW, assert_trivial=True))
+        p = gl.exp2(s * factor - (new_max * factor - PROBABILITY_LOG2)[:, None])
+        rescale = gl.exp2((row_max - new_max) * factor)
+        row_sum = row_sum * rescale + gl.convert_layout(row_total(p), ROW, assert_trivial=True)
+        acc *= gl.convert_layout(rescale, OUT_ROW, assert_trivial=True)[:, None]
+        acc = warpgroup_mma(operand(p, BN), v.index(stage).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(free.index(stage), count=1)
+        row_max = new_max
         turn += 1
+    skip_tiles(ready, free, turn, max(stop, block_start), block_stop, BN, STAGES)
     # acc and row_sum both carry the factor 256 of P̃
     seen = row_sum > 0
     descale = gl.where(seen, 1 / (row_sum * gl.load(p_v_quant_scale + kv_head)), 0.0)

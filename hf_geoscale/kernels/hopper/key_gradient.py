@@ -15,6 +15,7 @@ from .shared import (
     operand,
     query_span,
     ring_barriers,
+    skip_tiles,
     store_tile,
     wait_free,
     wait_ready,
@@ -125,35 +126,41 @@ def multiply_tiles(
             dk *= dk_unit / new_dk_unit
             dv *= dv_unit / new_dv_unit
             dk_unit, dv_unit = new_dk_unit, new_dv_unit
-            for start_row in range(max(block_start, group * GROUP), min(block_stop, (group + 1) * GROUP), BM):
+            low, high = max(block_start, group * GROUP), min(block_stop, (group + 1) * GROUP)
+            begin = min(max(start, low), high)
+            end = max(min(stop, high), begin)
+            turn = skip_tiles(ready, free, turn, low, begin, BM, STAGES)
+            for start_row in range(begin, end, BM):
                 stage = wait_ready(ready, turn, STAGES)
-                if (start_row >= start) & (start_row < stop):
-                    s = warpgroup_mma(k, q.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
-                    dp = warpgroup_mma(v, grad.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
-                    row_shift = shift.index(stage).load(ROW)
-                    s = warpgroup_mma_wait(1, deps=[s])
-                    if (start_row < full_start) | (start_row >= full_stop):
-                        rows = start_row + gl.arange(0, BM, ROW)
-                        keys = start_key + gl.arange(0, ROWS, gl.SliceLayout(1, S))
-                        position = rows + (n_keys - n_queries)
-                        if CAUSAL:  # rows beyond the last have P̃ = 0 by their shift
-                            s = gl.where(keys[:, None] <= position[None, :], s, HIDDEN)
-                        if WINDOW:
-                            s = gl.where(keys[:, None] > (position - window)[None, :], s, HIDDEN)
-                        if RANGES:
-                            p_row = p_range + (batch.to(gl.int64) * n_queries + gl.minimum(rows, n_queries - 1)) * 2
-                            s = gl.where(keys[:, None] >= gl.load(p_row)[None, :], s, HIDDEN)
-                            s = gl.where(keys[:, None] < gl.load(p_row + 1)[None, :], s, HIDDEN)
-                    p = gl.exp2(s * factor - row_shift[None, :])
-                    dp = warpgroup_mma_wait(0, deps=[dp])
-                    p8 = operand(p, BM)
-                    row_delta = delta.index(stage).load(ROW)  # as late as it goes: registers are short
-                    ds8 = operand(p * (dp * group_factor - row_delta[None, :]), BM)
-                    dv = warpgroup_mma(p8, grad_columns.index(stage).permute((1, 0)), dv, is_async=True)
-                    dk = warpgroup_mma(ds8, q_columns.index(stage).permute((1, 0)), dk, is_async=True)
-                    dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
+                s = warpgroup_mma(k, q.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
+                dp = warpgroup_mma(v, grad.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
+                row_shift = shift.index(stage).load(ROW)
+                s = warpgroup_mma_wait(1, deps=[s])
+                if (start_row < full_start) | (start_row >= full_stop):
+                    rows = start_row + gl.arange(0, BM, ROW)
+                    keys = start_key + gl.arange(0, ROWS, gl.SliceLayout(1, S))
+                    position = rows + (n_keys - n_queries)
+                    if CAUSAL:  # rows beyond the last have P̃ = 0 by their shift
+                        s = gl.where(keys[:, None] <= position[None, :], s, HIDDEN)
+                    if WINDOW:
+                        s = gl.where(keys[:, None] > (position - window)[None, :], s, HIDDEN)
+                    if RANGES:
+                        p_row = p_range + (batch.to(gl.int64) * n_queries + gl.minimum(rows, n_queries - 1)) * 2
+                        s = gl.where(keys[:, None] >= gl.load(p_row)[None, :], s, HIDDEN)
+                        s = gl.where(keys[:, None] < gl.load(p_row + 1)[None, :], s, HIDDEN)
+                p = gl.exp2(s * factor - row_shift[None, :])
+                dp = warpgroup_mma_wait(0, deps=[dp])
+                p8 = operand(p, BM)
+                row_delta = delta.index(stage).load(ROW)  # as late as it goes: registers are short
+                ds8 = operand(p * (dp * group_factor - row_delta[None, :]), BM)
+                dv = warpgroup_mma(p8, grad_columns.index(stage).permute((1, 0)), dv, is_async=True)
+                dk = warpgroup_mma(ds8, q_columns.index(stage).permute((1, 0)), dk, is_async=True)
+                dv, dk = warpgroup_mma_wait(
+                    0, deps=[dv, dk]
+                )  # later would be better, but takes more registers than there are
                 mbarrier.arrive(free.index(stage), count=1)
                 turn += 1
+            turn = skip_tiles(ready, free, turn, end, high, BM, STAGES)
     dk *= dk_unit
     dv *= dv_unit
     if MIX:

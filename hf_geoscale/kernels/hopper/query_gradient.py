@@ -16,6 +16,7 @@ from .shared import (
     operand,
     ring_barriers,
     row_bounds,
+    skip_tiles,
     store_tile,
     wait_free,
     wait_ready,
@@ -47,7 +48,7 @@ def load_tiles(
         tma.async_copy_global_to_shared(d_k, [i_kv * n_keys + start_key, 0], here, k.index(stage))
         tma.async_copy_global_to_shared(d_v, [i_kv * n_keys + start_key, 0], here, v.index(stage))
         tma.async_copy_global_to_shared(d_k_columns, [i_kv * D, start_key], here, k_columns.index(stage))
-        turn += 1
+        turn += 1  # noqa: SIM113 - Gluon has no enumerate
 
 
 @gluon.jit
@@ -76,6 +77,8 @@ def multiply_tiles(
     start, full_start, full_stop, stop = key_span(
         rows, first, last, start_row, n_queries, n_keys, window, BN, ROWS, CAUSAL, WINDOW, RANGES
     )
+    if start_row >= n_queries:  # rows of the last block beyond the last
+        start, stop = block_stop, block_stop
     i_rows = i_head.to(gl.int64) * n_queries + rows
     shift = gl.load(p_shift + i_rows, mask=valid, other=0.0)
     row_factor = gl.load(p_row_factor + i_rows, mask=valid, other=1.0)
@@ -85,25 +88,25 @@ def multiply_tiles(
     dq = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
     unused = gl.zeros([ROWS, BN], gl.float32, S)
     mbarrier.wait(held, 0)
-    turn = 0
-    for start_key in range(block_start, block_stop, BN):
+    turn = skip_tiles(ready, free, gl.to_tensor(0), block_start, min(start, block_stop), BN, STAGES)
+    for start_key in range(start, stop, BN):
         stage = wait_ready(ready, turn, STAGES)
-        if (start_key >= start) & (start_key < stop):
-            s = warpgroup_mma(q, k.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
-            dp = warpgroup_mma(grad, v.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])
-            if (start_key < full_start) | (start_key >= full_stop):
-                keys = start_key + gl.arange(0, BN, gl.SliceLayout(0, S))
-                s = gl.where(keys[None, :] < last[:, None], s, HIDDEN)
-                if LOWER:
-                    s = gl.where(keys[None, :] >= first[:, None], s, HIDDEN)
-            p = gl.exp2(s * factor - shift[:, None])
-            dp = warpgroup_mma_wait(0, deps=[dp])
-            ds8 = operand(p * (dp * row_factor[:, None] - row_delta[:, None]), BN)
-            dq = warpgroup_mma(ds8, k_columns.index(stage).permute((1, 0)), dq, is_async=True)
-            dq = warpgroup_mma_wait(0, deps=[dq])
+        s = warpgroup_mma(q, k.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
+        dp = warpgroup_mma(grad, v.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])
+        if (start_key < full_start) | (start_key >= full_stop):
+            keys = start_key + gl.arange(0, BN, gl.SliceLayout(0, S))
+            s = gl.where(keys[None, :] < last[:, None], s, HIDDEN)
+            if LOWER:
+                s = gl.where(keys[None, :] >= first[:, None], s, HIDDEN)
+        p = gl.exp2(s * factor - shift[:, None])
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        ds8 = operand(p * (dp * row_factor[:, None] - row_delta[:, None]), BN)
+        dq = warpgroup_mma(ds8, k_columns.index(stage).permute((1, 0)), dq, is_async=True)
+        dq = warpgroup_mma_wait(0, deps=[dq])
         mbarrier.arrive(free.index(stage), count=1)
         turn += 1
+    skip_tiles(ready, free, turn, max(stop, block_start), block_stop, BN, STAGES)
     i_group = i_head * n_groups + min(start_row // GROUP, n_groups - 1)  # rows past the last are not stored
     unit = softmax_scale / 256 * gl.load(p_group + i_group * 4 + 3)
     unit = unit / gl.load(p_k_quant_scale + kv_head) / gl.load(p_v_quant_scale + kv_head)

@@ -46,8 +46,11 @@ def operand(x, COLUMNS: gl.constexpr):
 @gluon.jit
 def allocate(descriptor, COUNT: gl.constexpr):
     """Room for COUNT tiles of a descriptor in shared memory."""
-    return gl.allocate_shared_memory(descriptor.dtype, [COUNT] + descriptor.block_type.shape,  # noqa: RUF005 - Gluon has no star
-        descriptor.layout)
+    return gl.allocate_shared_memory(
+        descriptor.dtype,
+        [COUNT] + descriptor.block_type.shape,  # noqa: RUF005 - Gluon has no star
+        descriptor.layout,
+    )
 
 
 @gluon.jit
@@ -77,6 +80,50 @@ def wait_ready(ready, turn, STAGES: gl.constexpr):
     stage = turn % STAGES
     mbarrier.wait(ready.index(stage), turn // STAGES & 1)
     return stage
+
+
+@gluon.jit
+def skip_tiles(ready, free, turn, start, stop, LENGTH: gl.constexpr, STAGES: gl.constexpr):
+    """Pass over the tiles between two positions, which only other warpgroups need; return the number of the next tile."""
+    for _ in range(gl.cdiv(stop, LENGTH) - gl.cdiv(start, LENGTH)):
+        stage = wait_ready(ready, turn, STAGES)
+        mbarrier.arrive(free.index(stage), count=1)
+        turn += 1
+    return turn
+
+
+@gluon.jit
+def halves(x):
+    """Left and right half of an accumulator tile: registers of the same thread."""
+    return x.reshape([ROWS, 2, x.shape[1] // 2]).permute([0, 2, 1]).split()
+
+
+@gluon.jit
+def row_maximum(x):
+    """Maximum of each row of a tile (64, 64 or 128), halves first: no comparison waits for the one before."""
+    left, right = halves(x)
+    x = gl.maximum(left, right)
+    if x.shape[1] == 64:
+        left, right = halves(x)
+        x = gl.maximum(left, right)
+    left, right = halves(x)
+    x = gl.maximum(left, right)
+    left, right = halves(x)
+    return gl.max(gl.maximum(left, right), 1)
+
+
+@gluon.jit
+def row_total(x):
+    """Sum of each row of a tile (64, 64 or 128), in the order of `row_maximum`."""
+    left, right = halves(x)
+    x = left + right
+    if x.shape[1] == 64:
+        left, right = halves(x)
+        x = left + right
+    left, right = halves(x)
+    x = left + right
+    left, right = halves(x)
+    return gl.sum(left + right, 1)
 
 
 @gluon.jit
