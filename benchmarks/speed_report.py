@@ -10,8 +10,8 @@ def to_markdown(rows: list[dict], host: dict[str, str]) -> str:
         + ".",
         "",
         "Kernel only: TFLOP/s of the attention kernels. Whole op: milliseconds from BF16 q, k, v, dO to BF16 O, dQ, dK, dV. Ratio:",
-        "SDPA cuDNN BF16's whole forward + backward over this one's. Error: relative, of O, dQ, dK, dV against exact attention, 512",
-        "standard-normal tokens.",
+        "SDPA cuDNN BF16's whole forward + backward over this one's. Error: relative, of O, dQ, dK, dV against exact attention on",
+        "512 standard-normal tokens.",
         "",
     ]
     for model in dict.fromkeys(row["model"] for row in rows):

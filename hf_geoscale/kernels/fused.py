@@ -30,13 +30,16 @@ def _like_heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _call(
-    scales, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, incoherent, high, dim
+    scales: tuple[Tensor, Tensor, Tensor], key_range: Tensor | None, dropout_seed: Tensor | None, softmax_scale: float, causal: bool,
+    window: int, dropout_p: float, incoherent: bool, high: bool, dim: int,
 ) -> Call:  # fmt: skip
+    q_quant_scale, k_quant_scale, v_quant_scale = scales
     mix = hadamard_block(dim) if incoherent else 0
-    signs = hadamard_signs(min(padded_head_dim(dim), SIGNS_MAX), mix, scales[0].device) if mix else None
+    signs = hadamard_signs(min(padded_head_dim(dim), SIGNS_MAX), mix, q_quant_scale.device) if mix else None
     return Call(
-        *scales, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, high, dim, signs, mix, GRADIENT_ROWS
-    )
+        q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, high, dim,
+        signs, mix, GRADIENT_ROWS,
+    )  # fmt: skip
 
 
 def _attention_forward(
@@ -90,7 +93,7 @@ def _attention_forward(
     out = _like_heads_inside(query, query.dtype)
     shift = torch.empty(batch, heads, n_queries, device=device)
     row_sum = torch.empty_like(shift)
-    kernels = hopper.launch if hopper.takes(call, device, count=observe) else launch
+    kernels = hopper.launches_for(call, device, count=observe) or launch
     kernels.forward(call, q8, k8, residual, v8, out, shift, row_sum, logit_max)
     return out, shift, row_sum, q8, k8, residual, v8, v_norm, amax, overflow, logit_max
 
@@ -180,7 +183,7 @@ def _attention_backward(
 
     dq = _like_heads_inside(q8, q_dtype)
     dk, dv = _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
-    kernels = hopper.launch if hopper.takes(call, device, count=gradient_overflow is not None) else launch
+    kernels = hopper.launches_for(call, device, count=gradient_overflow is not None) or launch
     kernels.query_gradient(
         call, q8, k8, k8_columns, residual, residual_columns, v8_rows, grad8, shift, row_factor, row_delta, group,
         gradient_overflow, dq,

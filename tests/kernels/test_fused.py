@@ -133,6 +133,40 @@ class TestAgainstReference:
         assert agree(run(leaves, options), run(leaves, options, "reference"))
 
 
+LONG_CASES = {
+    "causal": {"rows": 1100},
+    "full": {"rows": 900, "keys": 1100, "causal": False},
+    "window": {"rows": 1100, "window": 300},
+    "more keys": {"rows": 500, "keys": 1300},
+    "more queries": {"rows": 1300, "keys": 500},
+    "two groups": {"rows": 2100, "heads": 4, "kv_heads": 2},
+    "padding": {"rows": 1100, "ranges": "padding"},
+    "packed": {"rows": 700, "ranges": "packed"},
+}
+"""Several blocks of rows and keys, and more tiles than a ring holds."""
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device: too long for the interpreter")
+class TestManyTiles:
+    @pytest.mark.parametrize("dim", [64, 80, 128])
+    @pytest.mark.parametrize("case", LONG_CASES)
+    def test_output_and_gradients(self, case, dim):
+        leaves, options = operands({**LONG_CASES[case], "dim": dim})
+        assert agree(run(leaves, options), run(leaves, options, "reference"))
+
+
+@pytest.mark.skipif(
+    DEVICE.type != "cuda" or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU, which has kernels of its own",
+)
+@pytest.mark.parametrize("case", CASES)
+class TestPortableKernelsOnHopper:
+    def test_output_and_gradients(self, case, monkeypatch):
+        monkeypatch.setattr(fused.hopper, "launches_for", lambda *_, **__: None)
+        leaves, options = operands(CASES[case])
+        assert agree(run(leaves, options), run(leaves, options, "reference"))
+
+
 @pytest.mark.parametrize("case", ["causal", "window", "padding", "high precision", "dropout", "dim 80"])
 class TestStatistics:
     def test_ranges_overflows_and_logits(self, case):

@@ -4,27 +4,28 @@ Same arithmetic and operands as the portable kernels, which take what these do n
 128, precision="high", dropout, and the counters of logits and dS8.
 """
 
+from importlib import import_module
+from types import ModuleType
+
 import torch
 import triton
+
+from ..launch import Call
 
 TRITON_WITH_GLUON = (3, 6)
 """Release whose Gluon has what these kernels need; torch 2.10 brings it along."""
 
-if (
+_COMPILES = (
     tuple(int(part) for part in triton.__version__.split(".")[:2]) >= TRITON_WITH_GLUON
     and not triton.knobs.runtime.interpret
-):
-    from . import launch
-else:
-    launch = None
+)
+launch: ModuleType | None = import_module(".launch", __package__) if _COMPILES else None
 
 
-def takes(call, device: torch.device, count: bool) -> bool:
-    """Whether these kernels run a call; `count` asks for the counters."""
-    return (
-        launch is not None
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) == (9, 0)
-        and call.padded_dim in launch.TABLE
-        and not (call.high or call.dropout_p or count)
-    )
+def launches_for(call: Call, device: torch.device, count: bool) -> ModuleType | None:
+    """The launches of these kernels if they run a call, with the counters of logits or dS8 where `count` asks for them."""
+    if launch is None or device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    if call.padded_dim not in launch.TABLE or call.high or call.dropout_p or count:
+        return None
+    return launch

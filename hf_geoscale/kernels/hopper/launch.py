@@ -79,6 +79,10 @@ def _vectors(x: Tensor, length: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x.view(-1), [length], VECTOR)
 
 
+def _signs(call: Call) -> TensorDescriptor | None:
+    return _tiles(call.signs, call.padded_dim, call.padded_dim) if call.signs is not None else None
+
+
 def _flags(call: Call) -> dict[str, bool | int]:
     return {name: flag for name, flag in call.flags.items() if name not in ("HIGH", "DROPOUT")}
 
@@ -106,7 +110,7 @@ def query_gradient(
     ring = TABLE[dim].query_gradient
     query_gradient_kernel[(triton.cdiv(n_queries, ring.block) * batch * heads,)](
         _tiles(q8, ROWS, dim), _tiles(k8, ring.length, dim), _tiles(k8_columns, dim, ring.length), _tiles(v8, ring.length, dim),
-        _tiles(grad8, ROWS, dim), _tiles(call.signs, dim, dim) if call.mix else None, *call.scales, call.key_range, shift,
+        _tiles(grad8, ROWS, dim), _signs(call), *call.scales, call.key_range, shift,
         row_factor, row_delta, group, dq, *dq.stride()[:3], heads, kv_heads, n_queries, n_keys, group.shape[2], call.window,
         call.softmax_scale, GROUP=call.group_rows, BN=ring.length, MIX=call.mix, **_flags(call), **ring.launch,
     )  # fmt: skip
@@ -123,7 +127,7 @@ def key_gradient(
     key_gradient_kernel[(triton.cdiv(n_keys, ring.block) * batch * kv_heads,)](
         _tiles(q8, ring.length, dim), _tiles(q8_columns, dim, ring.length), _tiles(k8, ROWS, dim), _tiles(v8, ROWS, dim),
         _tiles(grad8, ring.length, dim), _tiles(grad8_columns, dim, ring.length), _vectors(group_shift, ring.length),
-        _vectors(group_delta, ring.length), _tiles(call.signs, dim, dim) if call.mix else None, *call.scales[:2], call.key_range,
+        _vectors(group_delta, ring.length), _signs(call), *call.scales[:2], call.key_range,
         query_spans(call, batch, n_queries, n_keys, ROWS, ring.length), group, dk, dv, *dk.stride()[:3], heads, kv_heads,
         n_queries, n_keys, group_shift.shape[2], group.shape[2], call.window, call.softmax_scale, GROUP=call.group_rows,
         BM=ring.length, MIX=call.mix, **_flags(call), **ring.launch,
