@@ -30,8 +30,8 @@ def _like_heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _call(
-    scales: tuple[Tensor, Tensor, Tensor], key_range: Tensor | None, dropout_seed: Tensor | None, softmax_scale: float, causal: bool,
-    window: int, dropout_p: float, incoherent: bool, high: bool, dim: int,
+    scales: tuple[Tensor, Tensor, Tensor], key_range: Tensor | None, dropout_seed: Tensor | None, softmax_scale: float,
+    causal: bool, window: int, dropout_p: float, incoherent: bool, high: bool, dim: int,
 ) -> Call:  # fmt: skip
     q_quant_scale, k_quant_scale, v_quant_scale = scales
     mix = hadamard_block(dim) if incoherent else 0

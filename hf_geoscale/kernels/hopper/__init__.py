@@ -22,10 +22,15 @@ _COMPILES = (
 launch: ModuleType | None = import_module(".launch", __package__) if _COMPILES else None
 
 
+def runs(device: torch.device, padded_dim: int) -> bool:
+    """Whether there are Hopper kernels for a device and a padded head dimension."""
+    if launch is None or device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    return padded_dim in launch.TABLE
+
+
 def launches_for(call: Call, device: torch.device, count: bool) -> ModuleType | None:
     """The launches of these kernels if they run a call, with the counters of logits or dS8 where `count` asks for them."""
-    if launch is None or device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+    if call.high or call.dropout_p or count:
         return None
-    if call.padded_dim not in launch.TABLE or call.high or call.dropout_p or count:
-        return None
-    return launch
+    return launch if runs(device, call.padded_dim) else None

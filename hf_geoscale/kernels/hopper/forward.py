@@ -2,7 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from .shared import (
     HIDDEN,
@@ -13,6 +13,7 @@ from .shared import (
     allocate,
     block_of_rows,
     key_span,
+    load_tile,
     logit_factor,
     operand,
     ring_barriers,
@@ -38,14 +39,14 @@ def load_tiles(
     start, stop = span
     mbarrier.expect(held, CONSUMERS * d_q.block_type.nbytes)
     for i in gl.static_range(CONSUMERS):
-        tma.async_copy_global_to_shared(d_q, [i_head * n_queries + start_row + i * ROWS, 0], held, q.index(i))
+        load_tile(d_q, [i_head * n_queries + start_row + i * ROWS, 0], held, q.index(i))
     turn = 0
     for start_key in range(start, stop, BN):
         stage = wait_free(free, turn, STAGES)
         here = ready.index(stage)
         mbarrier.expect(here, 2 * d_k.block_type.nbytes)
-        tma.async_copy_global_to_shared(d_k, [i_kv * n_keys + start_key, 0], here, k.index(stage))
-        tma.async_copy_global_to_shared(d_v, [i_kv * D, start_key], here, v.index(stage))
+        load_tile(d_k, [i_kv * n_keys + start_key, 0], here, k.index(stage))
+        load_tile(d_v, [i_kv * D, start_key], here, v.index(stage))
         turn += 1  # noqa: SIM113 - Gluon has no enumerate
 
 

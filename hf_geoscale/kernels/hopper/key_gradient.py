@@ -2,7 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from .shared import (
     HIDDEN,
@@ -10,6 +10,7 @@ from .shared import (
     accumulator,
     allocate,
     heaviest_first,
+    load_tile,
     logit_factor,
     mix,
     operand,
@@ -69,22 +70,22 @@ def load_tiles(
     start, stop = span
     mbarrier.expect(held, 2 * CONSUMERS * d_k.block_type.nbytes + (d_signs.block_type.nbytes if MIX else 0))
     for i in gl.static_range(CONSUMERS):
-        tma.async_copy_global_to_shared(d_k, [i_kv * n_keys + start_key + i * ROWS, 0], held, k.index(i))
-        tma.async_copy_global_to_shared(d_v, [i_kv * n_keys + start_key + i * ROWS, 0], held, v.index(i))
+        load_tile(d_k, [i_kv * n_keys + start_key + i * ROWS, 0], held, k.index(i))
+        load_tile(d_v, [i_kv * n_keys + start_key + i * ROWS, 0], held, v.index(i))
     if MIX:
-        tma.async_copy_global_to_shared(d_signs, [0, 0], held, signs.index(0))
+        load_tile(d_signs, [0, 0], held, signs.index(0))
     turn = 0
     for i_head in range(first_head, first_head + heads):
         for start_row in range(start, stop, BM):
             stage = wait_free(free, turn, STAGES)
             here = ready.index(stage)
             mbarrier.expect(here, 4 * d_q.block_type.nbytes + 2 * d_shift.block_type.nbytes)
-            tma.async_copy_global_to_shared(d_q, [i_head * n_queries + start_row, 0], here, q.index(stage))
-            tma.async_copy_global_to_shared(d_grad, [i_head * n_queries + start_row, 0], here, grad.index(stage))
-            tma.async_copy_global_to_shared(d_shift, [i_head * n_padded + start_row], here, shift.index(stage))
-            tma.async_copy_global_to_shared(d_delta, [i_head * n_padded + start_row], here, delta.index(stage))
-            tma.async_copy_global_to_shared(d_grad_columns, [i_head * D, start_row], here, grad_columns.index(stage))
-            tma.async_copy_global_to_shared(d_q_columns, [i_head * D, start_row], here, q_columns.index(stage))
+            load_tile(d_q, [i_head * n_queries + start_row, 0], here, q.index(stage))
+            load_tile(d_grad, [i_head * n_queries + start_row, 0], here, grad.index(stage))
+            load_tile(d_shift, [i_head * n_padded + start_row], here, shift.index(stage))
+            load_tile(d_delta, [i_head * n_padded + start_row], here, delta.index(stage))
+            load_tile(d_grad_columns, [i_head * D, start_row], here, grad_columns.index(stage))
+            load_tile(d_q_columns, [i_head * D, start_row], here, q_columns.index(stage))
             turn += 1
 
 

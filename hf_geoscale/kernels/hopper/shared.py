@@ -7,7 +7,7 @@ loads it.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 
 from .. import forward as portable_forward
 from .. import key_gradient as portable_key_gradient
@@ -20,6 +20,9 @@ HIDDEN = portable_forward.HIDDEN
 LOG2_E = portable_forward.LOG2_E
 NOTHING_SEEN = portable_forward.NOTHING_SEEN
 PROBABILITY_LOG2 = tile.PROBABILITY_LOG2
+
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+"""Start loading a tile from global to shared memory: (descriptor, position, barrier, destination). Triton renamed it after 3.6."""
 
 # functions of scalars and rows that the portable kernels have already
 heaviest_first = gluon.jit(tile.heaviest_first.fn)
