@@ -60,7 +60,7 @@ class Ours:
         self.whole_both()
 
     def whole_forward(self) -> Tensor:
-        nothing = (None, None, None)
+        nothing = (None, None, None, None)
         self.saved = fused.attention_forward(
             *self.operands, *self.scales, *nothing, *self.options, self.high, False, False
         )
@@ -69,7 +69,7 @@ class Ours:
     def whole_backward(self) -> tuple[Tensor, ...]:
         dtypes = (torch.bfloat16,) * 3
         return fused.attention_backward(
-            self.grad, *self.saved[:8], *self.scales, None, None, None, *self.options, *dtypes
+            self.grad, *self.saved[:8], *self.scales, None, None, None, None, *self.options, *dtypes
         )
 
     def whole_both(self) -> tuple[Tensor, ...]:

@@ -1,12 +1,66 @@
-"""The one configuration object of the package."""
+"""The one configuration object of the package, and what it is made of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Bound = Literal["certified"]
+Scaling = Literal["geometry", "delayed", "current"]
+Bound = Literal["certified", "rank_aware", "auto_alpha"]
+Reduction = Literal["max", "most_recent"]
 Precision = Literal["standard", "high"]
 Backend = Literal["auto", "triton", "reference"]
 Fallback = Literal["sdpa"]
+
+
+def _one_of(name: str, value: object, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class AutoAlpha:
+    """How bound="auto_alpha" finds α = max|S| / B₁ of a layer: α ← clip(margin · quantile of the α observed, floor, 1).
+
+    Args:
+        burn_in: attention calls of a layer that run with α = 1 and are observed.
+        floor: least α, a guard against a burn-in on untypical text; a guess.
+        quantile: of the calls' largest α, in [0, 1]; 1 is their maximum.
+        margin: factor ≥ 1 on it; a guess.
+    """
+
+    burn_in: int = 100
+    floor: float = 0.02
+    quantile: float = 1.0
+    margin: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.burn_in < 1:
+            raise ValueError(f"burn_in must be at least 1 call, got {self.burn_in}")
+        if not 0 < self.floor <= 1:
+            raise ValueError(f"floor must lie in (0, 1], got {self.floor}")
+        if not 0 <= self.quantile <= 1:
+            raise ValueError(f"quantile must lie in [0, 1], got {self.quantile}")
+        if not self.margin >= 1:
+            raise ValueError(f"margin must be at least 1, got {self.margin}")
+
+
+@dataclass(frozen=True)
+class Delayed:
+    """Options of scaling="delayed"; the defaults are Transformer Engine's.
+
+    Args:
+        history: calls whose largest magnitudes are kept.
+        reduction: "max" of the history, or its "most_recent" entry.
+        margin: powers of two between the largest magnitude and the largest number.
+    """
+
+    history: int = 1024
+    reduction: Reduction = "max"
+    margin: int = 0
+
+    def __post_init__(self) -> None:
+        if self.history < 1:
+            raise ValueError(f"history must be at least 1 call, got {self.history}")
+        _one_of("reduction", self.reduction, get_args(Reduction))
 
 
 @dataclass(frozen=True)
@@ -14,7 +68,13 @@ class GeoScaleConfig:
     """How a model's attention is quantised. Frozen; a bad value raises ValueError when built.
 
     Args:
-        bound: what the scales rest on. "certified": the weights' own certificate, which no input exceeds.
+        scaling: where scales come from. "geometry": the weights. "delayed" (amax history) and "current" (amax of this tensor) are
+            rivals, for comparison: the first overflows after sudden changes, the second lets later tokens reach earlier ones.
+        quantize_logits: also round the logits to E4M3, as arXiv 2602.18851 does; on the portable kernels, without a gain in speed.
+        bound: what the scale of quantised logits rests on (q, k and v always have certificates). "certified": no input exceeds
+            it. "rank_aware": exceeded with probability `failure_prob` under assumptions real tokens do not meet. "auto_alpha":
+            measured in a burn-in.
+        auto_alpha, delayed: options of those.
         headroom: factor ≥ 1 that scales leave above the certificates, for weights that move between refreshes.
             Costs next to nothing in accuracy up to 64 (docs/model_error.md).
         incoherent: mix q and k by a Hadamard matrix before quantising; halves their error.
@@ -28,7 +88,11 @@ class GeoScaleConfig:
         max_length: L of the rank-aware bound, tokens; None takes the model's maximum.
     """
 
+    scaling: Scaling = "geometry"
+    quantize_logits: bool = False
     bound: Bound = "certified"
+    auto_alpha: AutoAlpha = field(default_factory=AutoAlpha)
+    delayed: Delayed = field(default_factory=Delayed)
     headroom: float = 1.0
     incoherent: bool = True
     precision: Precision = "standard"
@@ -39,19 +103,19 @@ class GeoScaleConfig:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bound in ("rank_aware", "auto_alpha"):
-            raise ValueError(
-                f"bound={self.bound!r} scales FP8 logits, which this release does not have; use 'certified'"
-            )
         for name, allowed in (
+            ("scaling", get_args(Scaling)),
             ("bound", get_args(Bound)),
             ("precision", get_args(Precision)),
             ("backend", get_args(Backend)),
             ("fallback", (None, *get_args(Fallback))),
         ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+            _one_of(name, getattr(self, name), allowed)
+        if self.bound != "certified" and not (self.quantize_logits and self.scaling == "geometry"):
+            raise ValueError(
+                f"bound={self.bound!r} is a bound of quantised logits: it needs quantize_logits=True and scaling='geometry', got "
+                f"quantize_logits={self.quantize_logits} and scaling={self.scaling!r}"
+            )
         if not 1 <= self.headroom <= 2**10:
             raise ValueError(f"headroom must lie between 1 and 1024, got {self.headroom}")
         if not 0 < self.failure_prob < 1:

@@ -28,6 +28,7 @@ class LayerGeometry:
     sigma_lower: Tensor  # (Hq,) of the interaction A_Qᵀ A_K, without RoPE; tracked for monitoring
     vectors: Tensor  # (Hq, d) warm start of the next refresh
     max_weight_drift: float  # see `weight_drift_budget`; 0 without headroom
+    worst_case_logit: Tensor | None = None  # (Hq,) B₁, where it was asked for; bounds a logit only without RoPE
 
 
 def augment(
@@ -73,6 +74,7 @@ def measure_layer(
     softmax_scale: float,
     vectors: Tensor | None = None,  # (Hq, d) of the last refresh
     headroom: float = 1.0,
+    interaction: bool = False,
 ) -> LayerGeometry:
     """Bounds of one layer from its three projections.
 
@@ -80,6 +82,7 @@ def measure_layer(
         softmax_scale: factor on q·k, dimensionless (usually D^-½).
         vectors: warm start; None starts cold.
         headroom: factor the scales leave above the certificates, for `max_weight_drift`.
+        interaction: also measure `worst_case_logit`.
     """
     projections = (query, key, value)
     matrices = [p.matrix() for p in projections]
@@ -107,6 +110,7 @@ def measure_layer(
         sigma_lower=lower,
         vectors=vectors,
         max_weight_drift=min(map(float, drift), default=0.0),
+        worst_case_logit=measure_interaction(query, key, softmax_scale)[1] if interaction else None,
     )
 
 

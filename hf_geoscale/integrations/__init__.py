@@ -2,7 +2,15 @@
 
 from .callback import GeoScaleCallback
 from .families import FAMILIES
-from .patching import geoscale_layers, patch_model, patched_layers, refresh_scales, unpatch_model
+from .patching import (
+    geoscale_layers,
+    load_scaling_state_dict,
+    patch_model,
+    patched_layers,
+    refresh_scales,
+    scaling_state_dict,
+    unpatch_model,
+)
 from .report import GeometryReport, geometry_report
 
 __all__ = [
@@ -11,8 +19,10 @@ __all__ = [
     "GeometryReport",
     "geometry_report",
     "geoscale_layers",
+    "load_scaling_state_dict",
     "patch_model",
     "patched_layers",
     "refresh_scales",
+    "scaling_state_dict",
     "unpatch_model",
 ]

@@ -1,6 +1,8 @@
 """The attention function registered with transformers as `geoscale`."""
 
 import logging
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +10,9 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import UnsupportedAttentionError, UnsupportedModelError
-from ..kernels import Visibility, fp8_attention
+from ..kernels import AttentionStatistics, Visibility, fp8_attention
+from ..kernels.hadamard import hadamard
+from ..scaling import QuantScales
 from .layer import GeoScaleLayer
 from .masks import key_range_of_mask
 
@@ -48,6 +52,43 @@ def _visibility(mask: Tensor | None, batch: int, length: int, causal: bool, wind
     if key_range is None:
         return None
     return Visibility(length, length, False, None, key_range.expand(batch, -1, -1))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call's operands, for `scaling.CallOperands`."""
+
+    query: Tensor  # (B, Hq, L, D)
+    key: Tensor  # (B, Hkv, L, D)
+    value: Tensor  # (B, Hkv, L, D)
+    incoherent: bool
+    attend: Any  # fp8_attention without scales
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        return self.query.shape[1], self.key.shape[1]
+
+    @torch.no_grad()
+    def amax(self) -> dict[str, Tensor]:
+        mixed = [hadamard(x) if self.incoherent else x for x in (self.query, self.key)]
+        return {name: x.abs().amax(dim=(0, 2, 3)).float() for name, x in zip("qkv", (*mixed, self.value), strict=True)}
+
+    @torch.no_grad()
+    def logit_amax(self, scales: QuantScales) -> Tensor:
+        statistics = AttentionStatistics(observe_logits=True)
+        self.attend(**_named(scales), dropout_p=0.0, statistics=statistics)
+        assert statistics.logit_amax is not None
+        return statistics.logit_amax
+
+
+def _named(scales: QuantScales) -> dict[str, Any]:
+    """Scales as keyword arguments of `fp8_attention`."""
+    named = {f"{name}_quant_scale": getattr(scales, name) for name in ("q", "k", "v", "logit")}
+    return {name: scale for name, scale in named.items() if scale is not None}
 
 
 def _shape(mask: Tensor | None) -> str:
@@ -104,22 +145,20 @@ def geoscale_attention_forward(
             )
         return _delegate(layer, reason, module, query, key, value, **call)
     layer.calls += 1
-    scales = layer.scales(query, key, value)
-    out: Any = fp8_attention(
+    attend = partial(
+        fp8_attention,
         query,
         key,
         value,
-        q_quant_scale=scales.q,
-        k_quant_scale=scales.k,
-        v_quant_scale=scales.v,
         softmax_scale=scaling,
         causal=visibility.causal,
         window=visibility.window,
         key_range=visibility.key_range,
-        dropout_p=dropout,
         incoherent=layer.config.incoherent,
         precision=layer.config.precision,
         backend=layer.config.backend,
-        statistics=layer.statistics,
     )
+    scales = layer.scales(_Call(query, key, value, layer.config.incoherent, attend))
+    out: Any = attend(**_named(scales), dropout_p=dropout, statistics=layer.statistics)
+    layer.observe(scales)
     return out.transpose(1, 2).contiguous(), None

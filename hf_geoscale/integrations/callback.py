@@ -146,9 +146,14 @@ class GeoScaleCallback(TrainerCallback):
         self.seconds = 0.0
         if overflows > self.overflows:
             self.overflows = overflows
-            logger.warning(
-                "geoscale: %d FP8 overflows so far; a certificate was exceeded, please report it", self.overflows
+            config = self.layers[0].config
+            certified = config.scaling == "geometry" and config.bound == "certified"
+            reason = (
+                "a certificate was exceeded, please report it"
+                if certified
+                else f"scaling={config.scaling!r}, bound={config.bound!r} excludes none"
             )
+            logger.warning("geoscale: %d FP8 overflows so far; %s", self.overflows, reason)
         logs.update(metrics)
         if state.log_history:
             state.log_history[-1].update(metrics)

@@ -1,6 +1,7 @@
 """What a patched attention module carries: where its weights are, its scales, and what it has seen."""
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,10 +9,23 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import GeoScaleConfig
 from ..errors import NonFiniteWeightsError
-from ..geometry import LayerGeometry, measure_layer
+from ..geometry import LayerGeometry, alpha_min, measure_layer
 from ..kernels import AttentionStatistics
-from ..scaling import GeometryScaling, QuantScales
+from ..scaling import E4M3, CallOperands, QuantScales, strategy_of
 from .families import AttentionSite
+
+DEFAULT_LENGTH = 4096
+"""Tokens assumed by the rank-aware bound where neither the config nor the model states a maximum (a guess)."""
+
+
+def model_alpha_min(model: Any, site: AttentionSite, layers: int, config: GeoScaleConfig) -> float | None:
+    """α_min of a model from the shape of one of its layers; None where a per-head norm leaves no low-rank interaction."""
+    query, _, _ = site.projections()
+    heads, dim, width = query.weight.shape
+    if width <= dim:
+        return None
+    length = config.max_length or getattr(model.config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    return alpha_min(width, dim, length, heads, layers, config.failure_prob)[0]
 
 
 class PatchedLayer:
@@ -44,17 +58,18 @@ class GeoScaleLayer(PatchedLayer):
     finds its weights changed (loaded, stepped, moved), unless somebody who bounded the change has called `accept_drift`.
     """
 
-    def __init__(self, site: AttentionSite, config: GeoScaleConfig):
+    def __init__(self, site: AttentionSite, config: GeoScaleConfig, alpha: float | None = None):
         super().__init__(config, f"{site.family} layer {site.layer}")
         self.site = site
-        self.scaling = GeometryScaling(config.headroom)
+        self.scaling = strategy_of(config, alpha)
         self.geometry: LayerGeometry | None = None
         self.weights_version: tuple | None = None
         self.sigma_drift = torch.zeros(())  # largest relative change of sigma_lower at the last refresh
         self.statistics = AttentionStatistics(config.observe_logits)
-        self.observed: dict[str, Tensor] = {}  # operand → (H,), largest entry / certificate since the last refresh
+        self.observed: dict[str, Tensor] = {}  # operand → (H,), largest magnitude in real units since the last refresh
         self.interval_utilisation: Tensor | None = None  # () since the last `drain_utilisation`
         self.peak_utilisation: Tensor | None = None  # () since patching
+        self.peak_logit_utilisation: Tensor | None = None  # () of quantised logits, since patching
 
     def measure(self) -> tuple[LayerGeometry, tuple]:
         """Geometry of today's weights and their version; changes nothing."""
@@ -63,7 +78,11 @@ class GeoScaleLayer(PatchedLayer):
         vectors = None if self.geometry is None else self.geometry.vectors
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             geometry = measure_layer(
-                *self.site.projections(), self.site.softmax_scale, vectors=vectors, headroom=self.config.headroom
+                *self.site.projections(),
+                self.site.softmax_scale,
+                vectors=vectors,
+                headroom=self.config.headroom,
+                interaction=self.scaling.needs_interaction,
             )
         return geometry, version
 
@@ -88,10 +107,17 @@ class GeoScaleLayer(PatchedLayer):
         """Take today's weights as covered by the scales in use: for whoever has bounded their drift by the headroom."""
         self.weights_version = self.site.version()
 
-    def scales(self, query: Tensor, key: Tensor, value: Tensor) -> QuantScales:
+    def scales(self, call: CallOperands) -> QuantScales:
         """Scales of this call, of today's weights."""
         self.refresh_if_stale()
-        return self.scaling.quant_scales(query, key, value)
+        return self.scaling.quant_scales(call)
+
+    def observe(self, scales: QuantScales) -> None:
+        """After a call with these scales: tell the strategy what it saw, if it asks."""
+        if not self.scaling.observes:
+            return
+        amax = {name: used * (E4M3.max / getattr(scales, name)) for name, used in self.statistics.latest.items()}
+        self.scaling.observe(amax)
 
     @property
     def max_weight_drift(self) -> float:
@@ -101,14 +127,19 @@ class GeoScaleLayer(PatchedLayer):
     def collect(self) -> None:
         """Move what the calls saw out of the op's statistics; waits for no device."""
         for name, share in self.statistics.range_used.items():
-            used = share * self.config.headroom
-            self.observed[name] = _largest(used, self.observed.get(name))
+            used = share * (self.config.headroom if self.config.scaling == "geometry" else 1.0)
+            if name == "logit":
+                self.peak_logit_utilisation = _largest(used.amax(), self.peak_logit_utilisation)
+                continue
+            if self.config.scaling == "geometry" and self.geometry is not None:
+                bound = getattr(self.geometry, f"{name}_bound").to(used.device, torch.float32)
+                self.observed[name] = _largest(used * bound, self.observed.get(name))
             self.interval_utilisation = _largest(used.amax(), self.interval_utilisation)
             self.peak_utilisation = _largest(used.amax(), self.peak_utilisation)
         self.statistics.range_used = {}
 
     def drain_utilisation(self) -> float | None:
-        """Worst certificate utilisation (largest entry / certificate) since the last call; None without a forward."""
+        """Worst utilisation (largest entry / certificate, or / largest number) since the last call; None without a forward."""
         self.collect()
         used, self.interval_utilisation = self.interval_utilisation, None
         return None if used is None else float(used)
@@ -119,8 +150,11 @@ class GeoScaleLayer(PatchedLayer):
         bounds = (self.geometry.q_bound, self.geometry.k_bound, self.geometry.v_bound, self.geometry.logit_bound)
         q, k, v, logit = (float(b.amax()) for b in bounds)
         mixing = "hadamard" if self.config.incoherent else "no hadamard"
+        source = self.config.bound if self.config.scaling == "geometry" else f"{self.config.scaling} scaling"
+        if self.config.quantize_logits:
+            source += ", FP8 logits"
         return (
-            f"geoscale: E4M3, {self.config.bound}, {self.config.precision}, {mixing}, headroom {self.config.headroom:g}, "
+            f"geoscale: E4M3, {source}, {self.config.precision}, {mixing}, headroom {self.config.headroom:g}, "
             f"|q| ≤ {q:.3g}, |k| ≤ {k:.3g}, |v| ≤ {v:.3g}, |logit| ≤ {logit:.3g}"
         )
 

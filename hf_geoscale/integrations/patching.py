@@ -12,9 +12,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from ..config import GeoScaleConfig
 from ..errors import UnsupportedModelError
 from ..geometry import LayerGeometry
+from ..scaling import DelayedScaling
 from .attention import geoscale_attention_forward
 from .families import attention_sites
-from .layer import GeoScaleLayer, PatchedLayer, check_finite
+from .layer import GeoScaleLayer, PatchedLayer, check_finite, model_alpha_min
 from .masks import geoscale_mask
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,16 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
     if current and all(layer.config == config for layer in current):
         return model
     try:
-        layers = [GeoScaleLayer(site, config) for site in attention_sites(model)]
+        sites = list(attention_sites(model))
+        alpha = None
+        if config.bound == "rank_aware":
+            alpha = model_alpha_min(model, sites[0], len(sites), config)
+            if alpha is None:
+                raise UnsupportedModelError(
+                    f"bound='rank_aware' needs a low-rank interaction of queries and keys; {type(model).__name__} normalises "
+                    "each head after its projection. Use bound='certified'"
+                )
+        layers = [GeoScaleLayer(site, config, alpha) for site in sites]
         measured = _measure_all(layers)
     except UnsupportedModelError as error:
         if config.fallback != "sdpa":
@@ -161,3 +171,21 @@ def refresh_scales(model: nn.Module) -> None:
         raise ValueError("refresh_scales needs a patched model: call patch_model(model) first")
     for layer, geometry, version in _measure_all(geoscale_layers(model)):
         layer.install(geometry, version)
+
+
+def scaling_state_dict(model: nn.Module) -> list[dict]:
+    """State of scaling="delayed", layer by layer, for a checkpoint; empty dicts for other scalings, which need none."""
+    return [
+        layer.scaling.state_dict() if isinstance(layer.scaling, DelayedScaling) else {}
+        for layer in geoscale_layers(model)
+    ]
+
+
+def load_scaling_state_dict(model: nn.Module, state: list[dict]) -> None:
+    """Restore what `scaling_state_dict` returned. Raises ValueError unless layers, operands and history lengths are the same."""
+    layers = geoscale_layers(model)
+    if len(state) != len(layers):
+        raise ValueError(f"the model has {len(layers)} FP8 layers, the state is of {len(state)}")
+    for layer, given in zip(layers, state, strict=True):
+        if isinstance(layer.scaling, DelayedScaling):
+            layer.scaling.load_state_dict(given)

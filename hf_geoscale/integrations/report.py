@@ -3,13 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..geometry import alpha_min, measure_interaction
-from .layer import GeoScaleLayer, PatchedLayer
+from ..geometry import measure_interaction
+from .layer import GeoScaleLayer, PatchedLayer, model_alpha_min
 from .patching import patched_layers
-
-DEFAULT_LENGTH = 4096
-"""Tokens assumed by the rank-aware bound where neither the config nor the model states a maximum (a guess)."""
-
 
 _BOUNDS = ("sigma_lower", "sigma_upper", "q_bound", "k_bound", "v_bound", "logit_bound", "worst_case_logit")
 
@@ -24,8 +20,9 @@ class GeometryReport:
     `k_bound`, `v_bound`, `logit_bound` (certificates, RoPE-safe), `worst_case_logit` (B₁ of arXiv 2602.18851); `alpha_min`
     (rank-aware; None where a per-head norm follows the projection); what calls saw with today's weights, None before one: `q_amax`,
     `k_amax`, `v_amax` (lists, largest entry after mixing), `logit_amax` (list) and `alpha_observed` (largest |logit| / B₁) with
-    observe_logits; since patching: `utilisation` (largest entry / certificate), `overflows`, `calls`, `fallback_calls` and
-    `fallback_reasons`. Recomputation under gradient checkpointing counts as a call of its own.
+    observe_logits; since patching: `utilisation` (largest entry / certificate; with delayed and current scaling, largest number
+    before its cast / 448), `logit_utilisation` (the same of quantised logits, / 448), `overflows_by_operand`, `overflows` (their
+    sum), `calls`, `fallback_calls` and `fallback_reasons`. Recomputation under gradient checkpointing counts as a call of its own.
     """
 
     rows: list[dict]
@@ -72,6 +69,7 @@ def _row(index: int, layer: PatchedLayer, model: Any, layers: int) -> dict:
     row: dict = {"layer": index, "family": model.config.model_type}
     row |= {name: [] for name in _BOUNDS}
     row |= dict.fromkeys(("alpha_min", "alpha_observed", "utilisation", *_OBSERVED))
+    row |= {"logit_utilisation": None, "overflows_by_operand": {}}
     row |= {"overflows": 0, "calls": layer.calls, "fallback_calls": layer.delegated.total()}
     row["fallback_reasons"] = dict(layer.delegated)
     if isinstance(layer, GeoScaleLayer):
@@ -87,18 +85,18 @@ def _measured(layer: GeoScaleLayer, model: Any, layers: int) -> dict:
     row = {name: getattr(layer.geometry, name).tolist() for name in _BOUNDS if hasattr(layer.geometry, name)}
     sigma, worst_case = measure_interaction(query, key, layer.site.softmax_scale)
     row["sigma_upper"], row["worst_case_logit"] = sigma.tolist(), worst_case.tolist()
-    length = layer.config.max_length or getattr(model.config, "max_position_embeddings", None) or DEFAULT_LENGTH
-    heads, dim, width = query.weight.shape
-    if width > dim:  # a per-head norm leaves no low-rank interaction to speak of
-        row["alpha_min"], _ = alpha_min(width, dim, length, heads, layers, layer.config.failure_prob)
+    row["alpha_min"] = model_alpha_min(model, layer.site, layers, layer.config)
     if layer.statistics.logit_amax is not None:
         amax = layer.statistics.logit_amax.double().to(worst_case.device)
         row["logit_amax"] = amax.tolist()
         row["alpha_observed"] = float((amax / worst_case).amax())
-    for name, share in layer.observed.items():
-        row[f"{name}_amax"] = (share.double().cpu() * getattr(layer.geometry, f"{name}_bound").cpu()).tolist()
+    for name, amax in layer.observed.items():
+        row[f"{name}_amax"] = amax.double().tolist()
     row["utilisation"] = None if layer.peak_utilisation is None else float(layer.peak_utilisation)
-    row["overflows"] = layer.statistics.overflows
+    logits = layer.peak_logit_utilisation
+    row["logit_utilisation"] = None if logits is None else float(logits)
+    row["overflows_by_operand"] = layer.statistics.overflows_by_operand
+    row["overflows"] = sum(row["overflows_by_operand"].values())
     return row
 
 

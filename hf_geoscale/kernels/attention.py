@@ -21,12 +21,12 @@ HEAD_DIM_STEP, HEAD_DIM_MAX = 16, 256
 class _ReferenceAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, visibility, options, precision, stats
-    ):
+        ctx, query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, logit_quant_scale, visibility, options, precision,
+        stats,
+    ):  # fmt: skip
         with torch.autocast(query.device.type, enabled=False):
-            operands = reference.quantize(
-                query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, options, precision, stats
-            )
+            scales = (q_quant_scale, k_quant_scale, v_quant_scale, logit_quant_scale)
+            operands = reference.quantize(query, key, value, *scales, options, precision, stats)
             out, row_max, row_sum = reference.forward(operands, visibility, options, query.dtype, stats)
         ctx.save_for_backward(
             operands.q8,
@@ -36,6 +36,7 @@ class _ReferenceAttention(torch.autograd.Function):
             operands.q_descale,
             operands.k_descale,
             operands.v_descale,
+            operands.logit_quant_scale,
             out,
             row_max,
             row_sum,
@@ -57,7 +58,7 @@ class _ReferenceAttention(torch.autograd.Function):
             grads = reference.backward(
                 grad_out, out, row_max, row_sum, reference.Operands(*saved), ctx.visibility, ctx.options, ctx.stats
             )
-        return *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)), *[None] * 7
+        return *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)), *[None] * 8
 
 
 def _reference(
@@ -90,15 +91,18 @@ def _fused(
     observe = statistics is not None and statistics.observe_logits
     operands = [x.bfloat16() if x.dtype == torch.float32 else x for x in (query, key, value)]
     out, shift, row_sum, *_, amax, overflow, logit_max = fused.attention_forward(
-        *operands, *scales, key_range, dropout_seed, statistics.gradient_counter(device) if observe else None,
+        *operands, *scales[:3], key_range, dropout_seed, statistics.gradient_counter(device) if observe else None, scales[3],
         softmax_scale, visibility.causal, visibility.window or 0, dropout_p, incoherent, precision == "high",
         statistics is not None, observe,
     )  # fmt: skip
     if statistics is not None:
-        statistics.add_overflow(overflow.squeeze(0).long())
         heads, kv_heads = query.shape[1], key.shape[1]
-        for name, used in zip("qkv", (amax / E4M3.max).split((heads, kv_heads, kv_heads)), strict=True):
-            statistics.add_range(name, used)
+        for i, used in enumerate((amax / E4M3.max).split((heads, kv_heads, kv_heads))):
+            statistics.add_overflow("qkv"[i], overflow[i].long())
+            statistics.add_range("qkv"[i], used)
+        if scales[3] is not None:
+            statistics.add_overflow("logit", overflow[3].long())
+            statistics.add_range("logit", logit_max * scales[3] / E4M3.max)
         if observe:
             statistics.add_logits(logit_max)
     return out.to(query.dtype), fused.lse(shift, row_sum) if return_lse else None
@@ -147,6 +151,7 @@ def fp8_attention(
     dropout_seed: int | Tensor | None = None,
     incoherent: bool = True,
     precision: str = "standard",
+    logit_quant_scale: Tensor | None = None,  # (Hq,)
     backend: str = "auto",
     return_lse: bool = False,
     statistics: AttentionStatistics | None = None,
@@ -167,6 +172,8 @@ def fp8_attention(
             device's own with "triton", so that no call waits and CUDA graphs draw anew; the CPU's with "reference").
         incoherent: mix q and k by an orthonormal Hadamard matrix first (halves their quantisation error).
         precision: "standard", or "high" for k as two FP8 terms.
+        logit_quant_scale: also round the logits q·k·softmax_scale to E4M3, times this float32 factor per query head; those beyond
+            ±448 saturate, and are counted. The gradient passes straight through. None, the default, leaves logits alone.
         backend: "triton", the fused kernels; "reference", plain PyTorch; "auto", the first on GPUs that can run it.
         return_lse: also return the natural log-sum-exp of each row's logits, (B, Hq, Lq) float32, without gradient; −inf where
             a row sees no key.
@@ -181,11 +188,11 @@ def fp8_attention(
     """
     _check_operands(query, key, value)
     heads, kv_heads = query.shape[1], key.shape[1]
-    for name, given, count in (
-        ("q_quant_scale", q_quant_scale, heads),
-        ("k_quant_scale", k_quant_scale, kv_heads),
-        ("v_quant_scale", v_quant_scale, kv_heads),
-    ):
+    given_scales = {"q": q_quant_scale, "k": k_quant_scale, "v": v_quant_scale}
+    if logit_quant_scale is not None:
+        given_scales["logit"] = logit_quant_scale
+    for operand, given in given_scales.items():
+        name, count = f"{operand}_quant_scale", heads if operand in ("q", "logit") else kv_heads
         if given.shape != (count,) or given.dtype != torch.float32:
             raise ValueError(f"{name} must be float32 of shape ({count},), got {given.dtype} {tuple(given.shape)}")
     if window is not None and (not causal or window < 1):
@@ -203,7 +210,7 @@ def fp8_attention(
     if not softmax_scale > 0:
         raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
     visibility = Visibility(query.shape[2], key.shape[2], causal, window, key_range)
-    scales = (q_quant_scale, k_quant_scale, v_quant_scale)
+    scales = (q_quant_scale, k_quant_scale, v_quant_scale, logit_quant_scale)
     attend = _fused if resolve_backend(backend, query.device) == "triton" else _reference
     out, lse = attend(
         query, key, value, scales, visibility, softmax_scale, incoherent, precision, dropout_p, dropout_seed, statistics,

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .tile import (
+    E4M3_MAX,
     PROBABILITY_LOG2,
     RESIDUAL_GAIN,
     contraction_order,
@@ -12,6 +13,7 @@ from .tile import (
     key_span,
     row_bounds,
     tile_pointers,
+    to_e4m3,
 )
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -32,11 +34,24 @@ def logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale)
 
 
 @triton.jit
+def logit_unit(p_logit_quant_scale, factor, head, LOGITS: tl.constexpr):
+    """What one unit of q8·k8 is as a scaled logit, before its rounding to E4M3."""
+    return factor / LOG2_E * tl.load(p_logit_quant_scale + head) if LOGITS else factor
+
+
+@triton.jit
+def round_logits(s, unit):
+    """Logits in units of q8·k8 as E4M3 keeps them; forward and backward must get the same bits from here."""
+    return to_e4m3(s * unit).to(tl.float32) * (1 / unit)
+
+
+@triton.jit
 def attend_tile(
     acc,  # (BM, DP)
     row_sum,  # (BM,)
     row_max,  # (BM,) of q8·k8, not yet scaled
     logit_max,  # (BM,) of |q8·k8|, with OBSERVE
+    logits_over,  # (BM,) how many logits overflowed, with COUNT
     q,
     d_k,
     d_residual,
@@ -45,6 +60,7 @@ def attend_tile(
     i_value_row,
     start_key,
     factor,
+    unit,
     first,
     last,
     seed,
@@ -56,6 +72,8 @@ def attend_tile(
     HIGH: tl.constexpr,
     DROPOUT: tl.constexpr,
     OBSERVE: tl.constexpr,
+    LOGITS: tl.constexpr,
+    COUNT: tl.constexpr,
     MASKED: tl.constexpr,
     LOWER: tl.constexpr,
 ):
@@ -72,6 +90,10 @@ def attend_tile(
         s = tl.where(visible, s, HIDDEN)
     if OBSERVE:
         logit_max = tl.maximum(logit_max, tl.max(tl.where(s == HIDDEN, 0.0, tl.abs(s)), 1))
+    if COUNT:
+        logits_over += tl.sum(tl.where((s == HIDDEN) | (tl.abs(s * unit) <= E4M3_MAX), 0, 1), 1)
+    if LOGITS:
+        s = tl.where(s == HIDDEN, HIDDEN, round_logits(s, unit))
     new_max = tl.maximum(row_max, tl.max(s, 1))
     p = tl.exp2(s * factor - (new_max * factor - PROBABILITY_LOG2)[:, None])
     rescale = tl.exp2((row_max - new_max) * factor)
@@ -82,7 +104,7 @@ def attend_tile(
     p8 = contraction_order(p.to(tl.float8e4nv), BM, BN)  # p ≤ 256
     v = d_v.load([i_value_row, start_key])
     acc = tl.dot(p8, v.T, acc)
-    return acc, row_sum, new_max, logit_max
+    return acc, row_sum, new_max, logit_max, logits_over
 
 
 @triton.jit
@@ -96,10 +118,12 @@ def forward_kernel(
     p_v_quant_scale,
     p_range,  # (B, Lq, 2) int32
     p_seed,  # (1,) int64
+    p_logit_quant_scale,  # (Hq,), with LOGITS
     p_out,  # (B, Hq, Lq, D), strides out_*
     p_shift,  # (B, Hq, Lq): row maximum of the base-2 logits, less 8
     p_row_sum,  # (B, Hq, Lq): Σ P̃
     p_logit_max,  # (Hq,)
+    p_overflow,  # (4,) int32, with COUNT
     out_b,
     out_h,
     out_l,
@@ -120,7 +144,9 @@ def forward_kernel(
     RANGES: tl.constexpr,
     HIGH: tl.constexpr,
     DROPOUT: tl.constexpr,
+    LOGITS: tl.constexpr,
     OBSERVE: tl.constexpr,
+    COUNT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     LOWER: tl.constexpr = WINDOW or RANGES
@@ -131,6 +157,7 @@ def forward_kernel(
     i_kv = batch * n_kv_heads + kv_head
     i_key_row, i_value_row = i_kv * n_keys, i_kv * D
     factor = logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale)
+    unit = logit_unit(p_logit_quant_scale, factor, head, LOGITS)
     seed = tl.load(p_seed) if DROPOUT else 0
     rows = start_row + tl.arange(0, BM)
     first, last = row_bounds(rows, batch, p_range, n_queries, n_keys, window, CAUSAL, WINDOW, RANGES)
@@ -142,22 +169,23 @@ def forward_kernel(
     row_sum = tl.zeros((BM,), tl.float32)
     row_max = tl.full((BM,), NOTHING_SEEN, tl.float32)
     logit_max = tl.zeros((BM,), tl.float32)
+    logits_over = tl.zeros((BM,), tl.int32)
     # a loop each for masked and full tiles: a branch inside makes the compiler serialise the matrix products (ptxas C7515)
     if LOWER:
         for start_key in tl.range(start, full_start, BN, num_stages=STAGES):
-            acc, row_sum, row_max, logit_max = attend_tile(
-                acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, first, last,
-                seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, True, LOWER,
+            acc, row_sum, row_max, logit_max, logits_over = attend_tile(
+                acc, row_sum, row_max, logit_max, logits_over, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor,
+                unit, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, LOGITS, COUNT, True, LOWER,
             )  # fmt: skip
     for start_key in tl.range(full_start, full_stop, BN, num_stages=STAGES):
-        acc, row_sum, row_max, logit_max = attend_tile(
-            acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, first, last,
-            seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, False, LOWER,
+        acc, row_sum, row_max, logit_max, logits_over = attend_tile(
+            acc, row_sum, row_max, logit_max, logits_over, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, unit,
+            first, last, seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, LOGITS, COUNT, False, LOWER,
         )  # fmt: skip
     for start_key in tl.range(full_stop, stop, BN, num_stages=STAGES):
-        acc, row_sum, row_max, logit_max = attend_tile(
-            acc, row_sum, row_max, logit_max, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, first, last,
-            seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, True, LOWER,
+        acc, row_sum, row_max, logit_max, logits_over = attend_tile(
+            acc, row_sum, row_max, logit_max, logits_over, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, unit,
+            first, last, seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, LOGITS, COUNT, True, LOWER,
         )  # fmt: skip
     # acc and row_sum both carry the factor 256 of P̃
     seen = row_sum > 0
@@ -170,3 +198,7 @@ def forward_kernel(
     tl.store(p_row_sum + i_rows, row_sum * (1 / 256), mask=valid)
     if OBSERVE:
         tl.atomic_max(p_logit_max + head, tl.max(tl.where(valid, logit_max, 0.0)) * (factor / LOG2_E))
+    if COUNT:
+        over = tl.sum(tl.where(valid, logits_over, 0))
+        if over > 0:
+            tl.atomic_add(p_overflow + 3, over)

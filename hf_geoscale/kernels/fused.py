@@ -30,15 +30,16 @@ def _like_heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _call(
-    scales: tuple[Tensor, Tensor, Tensor], key_range: Tensor | None, dropout_seed: Tensor | None, softmax_scale: float,
-    causal: bool, window: int, dropout_p: float, incoherent: bool, high: bool, dim: int,
+    scales: tuple[Tensor, Tensor, Tensor], logit_quant_scale: Tensor | None, key_range: Tensor | None,
+    dropout_seed: Tensor | None, softmax_scale: float, causal: bool, window: int, dropout_p: float, incoherent: bool, high: bool,
+    dim: int,
 ) -> Call:  # fmt: skip
     q_quant_scale, k_quant_scale, v_quant_scale = scales
     mix = hadamard_block(dim) if incoherent else 0
     signs = hadamard_signs(min(padded_head_dim(dim), SIGNS_MAX), mix, q_quant_scale.device) if mix else None
     return Call(
         q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, high, dim,
-        signs, mix, GRADIENT_ROWS,
+        signs, mix, logit_quant_scale, GRADIENT_ROWS,
     )  # fmt: skip
 
 
@@ -52,6 +53,7 @@ def _attention_forward(
     key_range: Tensor | None,  # (B, Lq, 2) int32, contiguous
     dropout_seed: Tensor | None,  # () int64
     gradient_overflow: Tensor | None,  # (1,) int64: where the backward adds its count
+    logit_quant_scale: Tensor | None,  # (Hq,)
     softmax_scale: float,
     causal: bool,
     window: int,  # 0: none
@@ -66,14 +68,16 @@ def _attention_forward(
     Returns:
         out (B, Hq, Lq, D) in query's dtype; shift and row_sum (B, Hq, Lq) float32: row maximum of the base-2 logits less 8, and
         Σ P̃; q8, k8 (B, H, L, D), k8's residual (empty unless `high`), v8 (B, Hkv, D, Lp); v_norm (B, Hkv), the largest 2-norm of a
-        row of v8; amax (Hq + 2·Hkv,) and overflow (1,) int32 of the casts (empty unless `count`); logit_max (Hq,) in natural
-        units (empty unless `observe`).
+        row of v8; amax (Hq + 2·Hkv,) and overflow (4,) int32 of the casts of q, k, v and logits (empty unless `count`); logit_max
+        (Hq,) in natural units, before rounding (empty unless `observe` or with a logit_quant_scale).
     """
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
     device, e4m3 = query.device, torch.float8_e4m3fn
     scales = (q_quant_scale, k_quant_scale, v_quant_scale)
-    call = _call(scales, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, incoherent, high, dim)
+    call = _call(
+        scales, logit_quant_scale, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, incoherent, high, dim
+    )  # fmt: skip
     padded = _padded(n_keys)
     q8 = torch.empty(query.shape, dtype=e4m3, device=device)
     k8 = torch.empty(key.shape, dtype=e4m3, device=device)
@@ -81,7 +85,8 @@ def _attention_forward(
     v8 = torch.empty(batch, kv_heads, dim, padded, dtype=e4m3, device=device)
     v_norm = torch.zeros(batch, kv_heads, device=device)
     amax = torch.zeros(heads + 2 * kv_heads, device=device) if count else torch.empty(0, device=device)
-    overflow = torch.zeros(1, dtype=torch.int32, device=device) if count else amax.to(torch.int32)
+    overflow = torch.zeros(4, dtype=torch.int32, device=device) if count else amax.to(torch.int32)
+    observe = observe or logit_quant_scale is not None
     logit_max = torch.zeros(heads, device=device) if observe else torch.empty(0, device=device)
     grid = (batch * (heads + 2 * kv_heads), triton.cdiv(max(n_queries, padded), QUANTIZE_ROWS))
     quantize_kernel[grid](
@@ -94,13 +99,13 @@ def _attention_forward(
     shift = torch.empty(batch, heads, n_queries, device=device)
     row_sum = torch.empty_like(shift)
     kernels = hopper.launches_for(call, device, count=observe) or launch
-    kernels.forward(call, q8, k8, residual, v8, out, shift, row_sum, logit_max)
+    kernels.forward(call, q8, k8, residual, v8, out, shift, row_sum, logit_max, overflow)
     return out, shift, row_sum, q8, k8, residual, v8, v_norm, amax, overflow, logit_max
 
 
 def _fake_forward(
     query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed, gradient_overflow,
-    softmax_scale, causal, window, dropout_p, incoherent, high, count, observe,
+    logit_quant_scale, softmax_scale, causal, window, dropout_p, incoherent, high, count, observe,
 ):  # fmt: skip
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
@@ -117,8 +122,8 @@ def _fake_forward(
         key.new_empty(batch, kv_heads, dim, padded, dtype=e4m3),
         key.new_empty(batch, kv_heads, dtype=torch.float32),
         query.new_empty(heads + 2 * kv_heads if count else 0, dtype=torch.float32),
-        query.new_empty(1 if count else 0, dtype=torch.int32),
-        query.new_empty(heads if observe else 0, dtype=torch.float32),
+        query.new_empty(4 if count else 0, dtype=torch.int32),
+        query.new_empty(heads if observe or logit_quant_scale is not None else 0, dtype=torch.float32),
     )
 
 
@@ -138,6 +143,7 @@ def _attention_backward(
     key_range: Tensor | None,
     dropout_seed: Tensor | None,
     gradient_overflow: Tensor | None,
+    logit_quant_scale: Tensor | None,
     softmax_scale: float,
     causal: bool,
     window: int,
@@ -152,7 +158,9 @@ def _attention_backward(
     kv_heads, n_keys = k8.shape[1:3]
     device, high, survival = q8.device, residual.numel() > 0, 1 - dropout_p
     scales = (q_quant_scale, k_quant_scale, v_quant_scale)
-    call = _call(scales, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, incoherent, high, dim)
+    call = _call(
+        scales, logit_quant_scale, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, incoherent, high, dim
+    )  # fmt: skip
     padded_dim, n_groups = call.padded_dim, triton.cdiv(n_queries, GRADIENT_ROWS)
 
     gradient_range = torch.zeros(batch, heads, n_groups, 2, device=device)
@@ -196,7 +204,7 @@ def _attention_backward(
 
 def _fake_backward(
     grad_out, out, shift, row_sum, q8, k8, residual, v8, v_norm, q_quant_scale, k_quant_scale, v_quant_scale, key_range,
-    dropout_seed, gradient_overflow, softmax_scale, causal, window, dropout_p, incoherent, q_dtype,
+    dropout_seed, gradient_overflow, logit_quant_scale, softmax_scale, causal, window, dropout_p, incoherent, q_dtype,
     k_dtype, v_dtype,
 ):  # fmt: skip
     return _like_heads_inside(q8, q_dtype), _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
@@ -209,8 +217,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             output = attention_forward(*inputs)
-        query, key, value, q_scale, k_scale, v_scale, key_range, seed, overflow, *options = inputs
-        ctx.save_for_backward(*output[:8], q_scale, k_scale, v_scale, key_range, seed, overflow)
+        query, key, value, q_scale, k_scale, v_scale, key_range, seed, overflow, logit_scale, *options = inputs
+        ctx.save_for_backward(*output[:8], q_scale, k_scale, v_scale, key_range, seed, overflow, logit_scale)
         ctx.options = options[:5]
         ctx.dtypes = [query.dtype, key.dtype, value.dtype]
         ctx.mark_non_differentiable(*output[1:])
@@ -220,13 +228,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, *_):
         if grad_out is None:
-            return (None,) * 17
+            return (None,) * 18
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "fp8_attention has first derivatives only; its backward was called with create_graph=True"
             )
         grads = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, *ctx.dtypes)
-        return (*grads, *[None] * 14)
+        return (*grads, *[None] * 15)
 
 
 def _on_device_of_operands(run):

@@ -8,7 +8,7 @@ tile: a register operand written while another product is in flight makes the co
 import triton
 import triton.language as tl
 
-from .forward import HIDDEN, logit_factor
+from .forward import HIDDEN, logit_factor, logit_unit, round_logits
 from .tile import RESIDUAL_GAIN, contraction_order, dropout_keep, heaviest_first, mix, row_bounds, tile_pointers
 
 
@@ -100,6 +100,7 @@ def key_tile(
     start_row,
     start_key,
     factor,
+    unit,
     group_factor,
     batch,
     n_queries,
@@ -116,6 +117,7 @@ def key_tile(
     RANGES: tl.constexpr,
     HIGH: tl.constexpr,
     DROPOUT: tl.constexpr,
+    LOGITS: tl.constexpr,
 ):
     q = d_q.load([i_query_row + start_row, 0])
     grad = d_grad.load([i_query_row + start_row, 0])
@@ -123,6 +125,8 @@ def key_tile(
     if HIGH:
         s += tl.dot(residual, q.T) * (1 / RESIDUAL_GAIN)
     dp = tl.dot(v, grad.T)
+    if LOGITS:
+        s = round_logits(s, unit)
     if masked:
         rows, keys = start_row + tl.arange(0, BM), start_key + tl.arange(0, BN)
         if WINDOW or RANGES:
@@ -165,6 +169,7 @@ def key_gradient_kernel(
     p_range,
     p_span,  # (B, key blocks, 4), with RANGES
     p_seed,
+    p_logit_quant_scale,  # (Hq,), with LOGITS
     p_group,  # (B, Hq, groups, 4)
     p_hadamard,  # signs
     p_dk,  # (B, Hkv, Lk, D), strides dk_*
@@ -193,6 +198,7 @@ def key_gradient_kernel(
     RANGES: tl.constexpr,
     HIGH: tl.constexpr,
     DROPOUT: tl.constexpr,
+    LOGITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     tl.static_assert(GROUP % BM == 0, "the rows of a tile must share a group's scales")
@@ -216,6 +222,7 @@ def key_gradient_kernel(
     for head in range(kv_head * heads, (kv_head + 1) * heads):
         i_head = batch * n_heads + head
         factor = logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale)
+        unit = logit_unit(p_logit_quant_scale, factor, head, LOGITS)
         i_query_row, i_padded_row, i_column_row = i_head * n_queries, i_head * n_padded, i_head * D
         for group in range(start // GROUP, tl.cdiv(stop, GROUP)):
             # rows of one group share the scales of dO′8 and dS8: the accumulators change units in between
@@ -232,8 +239,8 @@ def key_gradient_kernel(
                 masked = (start_row < full_start) | (start_row >= full_stop)
                 dk, dv = key_tile(
                     dk, dv, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns, d_shift, d_delta, p_range, i_query_row,
-                    i_padded_row, i_column_row, start_row, start_key, factor, group_factor, batch, n_queries, n_keys,
-                    window, seed, threshold, i_head, masked, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT,
+                    i_padded_row, i_column_row, start_row, start_key, factor, unit, group_factor, batch, n_queries, n_keys,
+                    window, seed, threshold, i_head, masked, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, LOGITS,
                 )  # fmt: skip
     dk *= dk_unit
     dv *= dv_unit

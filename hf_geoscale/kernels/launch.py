@@ -31,6 +31,7 @@ class Call:
     dim: int
     signs: Tensor | None  # of the Hadamard mix, (DP, DP) or less
     mix: int  # width of its blocks, 0: none
+    logit_quant_scale: Tensor | None = None  # (Hq,)
     group_rows: int = GRADIENT_ROWS
 
     @property
@@ -59,6 +60,7 @@ class Call:
             "RANGES": self.key_range is not None,
             "HIGH": self.high,
             "DROPOUT": self.dropout_p > 0,
+            "LOGITS": self.logit_quant_scale is not None,
             "D": self.dim,
             "DP": self.padded_dim,
         }
@@ -83,16 +85,18 @@ def forward(
     shift: Tensor,  # (B, Hq, Lq)
     row_sum: Tensor,  # (B, Hq, Lq)
     logit_max: Tensor,  # (Hq,), or empty
+    overflow: Tensor,  # (4,) int32, or empty
 ) -> None:
-    """O into out, and the row statistics."""
+    """O into out, the row statistics, and the overflows of quantised logits added to overflow[3]."""
     batch, heads, n_queries, _ = q8.shape
     kv_heads, n_keys = k8.shape[1:3]
     tile, dim = call.tiles.forward, call.padded_dim
     d_k = _tiles(k8, tile.keys, dim)
     forward_kernel[(triton.cdiv(n_queries, tile.rows) * batch * heads,)](
         _tiles(q8, tile.rows, dim), d_k, _tiles(residual, tile.keys, dim) if call.high else d_k, _tiles(v8, dim, tile.keys),
-        *call.scales, call.key_range, call.dropout_seed, out, shift, row_sum, logit_max, *out.stride()[:3], heads, kv_heads,
-        n_queries, n_keys, *call.scalars, OBSERVE=logit_max.numel() > 0, **call.flags, **tile.launch,
+        *call.scales, call.key_range, call.dropout_seed, call.logit_quant_scale, out, shift, row_sum, logit_max, overflow,
+        *out.stride()[:3], heads, kv_heads, n_queries, n_keys, *call.scalars, OBSERVE=logit_max.numel() > 0,
+        COUNT=call.logit_quant_scale is not None and overflow.numel() > 0, **call.flags, **tile.launch,
     )  # fmt: skip
 
 
@@ -119,9 +123,9 @@ def query_gradient(
     query_gradient_kernel[(triton.cdiv(n_queries, tile.rows) * batch * heads,)](
         _tiles(q8, tile.rows, dim), _tiles(k8, tile.keys, dim), _tiles(k8_columns, dim, tile.keys),
         _tiles(residual, tile.keys, dim), _tiles(residual_columns, dim, tile.keys), _tiles(v8, tile.keys, dim),
-        _tiles(grad8, tile.rows, dim), *call.scales, call.key_range, call.dropout_seed, shift, row_factor, row_delta, group,
-        call.signs, dq, overflow, *dq.stride()[:3], heads, kv_heads, n_queries, n_keys, group.shape[2], *call.scalars,
-        GROUP=call.group_rows, MIX=call.mix, COUNT=overflow is not None, **call.flags, **tile.launch,
+        _tiles(grad8, tile.rows, dim), *call.scales, call.key_range, call.dropout_seed, call.logit_quant_scale, shift,
+        row_factor, row_delta, group, call.signs, dq, overflow, *dq.stride()[:3], heads, kv_heads, n_queries, n_keys,
+        group.shape[2], *call.scalars, GROUP=call.group_rows, MIX=call.mix, COUNT=overflow is not None, **call.flags, **tile.launch,
     )  # fmt: skip
 
 
@@ -149,8 +153,8 @@ def key_gradient(
         _tiles(residual, tile.keys, dim), _tiles(v8, tile.keys, dim), _tiles(grad8, tile.rows, dim),
         _tiles(grad8_columns, dim, tile.rows), _vectors(group_shift, tile.rows), _vectors(group_delta, tile.rows),
         *call.scales[:2], call.key_range, query_spans(call, batch, n_queries, n_keys, tile.keys, tile.rows), call.dropout_seed,
-        group, call.signs, dk, dv, *dk.stride()[:3], heads, kv_heads, n_queries, n_keys, group_shift.shape[2], group.shape[2],
-        *call.scalars, GROUP=call.group_rows, MIX=call.mix, **call.flags, **tile.launch,
+        call.logit_quant_scale, group, call.signs, dk, dv, *dk.stride()[:3], heads, kv_heads, n_queries, n_keys,
+        group_shift.shape[2], group.shape[2], *call.scalars, GROUP=call.group_rows, MIX=call.mix, **call.flags, **tile.launch,
     )  # fmt: skip
 
 

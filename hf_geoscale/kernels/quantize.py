@@ -105,7 +105,7 @@ def quantize_kernel(
     p_v8,  # (B, Hkv, D, Lp): columns
     p_v_norm,  # (B, Hkv): largest 2-norm of a row of v8
     p_amax,  # (Hq + 2·Hkv,): largest |x·quant_scale|
-    p_overflow,  # (1,) int32
+    p_overflow,  # (4,) int32: of q, k, v, and room for the logits'
     q_b,
     q_h,
     q_l,
@@ -141,12 +141,12 @@ def quantize_kernel(
         )  # fmt: skip
     elif i_head < n_q + n_kv:
         quantize_block(
-            p_k, p_k_quant_scale, p_hadamard, p_k8, None, p_residual, None, p_amax + n_heads, p_overflow, k_b, k_h, k_l, k_d,
+            p_k, p_k_quant_scale, p_hadamard, p_k8, None, p_residual, None, p_amax + n_heads, p_overflow + 1, k_b, k_h, k_l, k_d,
             i_head - n_q, n_kv_heads, n_keys, n_keys, D, DP, MIX, False, HIGH, COUNT, BLOCK,
         )  # fmt: skip
     else:
         quantize_block(
-            p_v, p_v_quant_scale, None, None, p_v8, None, p_v_norm, p_amax + n_heads + n_kv_heads, p_overflow, v_b, v_h, v_l,
+            p_v, p_v_quant_scale, None, None, p_v8, None, p_v_norm, p_amax + n_heads + n_kv_heads, p_overflow + 2, v_b, v_h, v_l,
             v_d, i_head - n_q - n_kv, n_kv_heads, n_keys, n_padded, D, DP, 0, True, False, COUNT, BLOCK,
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ accumulating dQ across key blocks would need atomics or a serial order.
 import triton
 import triton.language as tl
 
-from .forward import HIDDEN, logit_factor
+from .forward import HIDDEN, logit_factor, logit_unit, round_logits
 from .tile import (
     RESIDUAL_GAIN,
     contraction_order,
@@ -36,6 +36,7 @@ def query_tile(
     i_column_row,
     start_key,
     factor,
+    unit,
     shift,
     row_factor,
     row_delta,
@@ -50,6 +51,7 @@ def query_tile(
     HIGH: tl.constexpr,
     DROPOUT: tl.constexpr,
     COUNT: tl.constexpr,
+    LOGITS: tl.constexpr,
     MASKED: tl.constexpr,
     LOWER: tl.constexpr,
 ):
@@ -60,6 +62,8 @@ def query_tile(
         residual = d_residual.load([i_key_row + start_key, 0])
         s += tl.dot(q, residual.T) * (1 / RESIDUAL_GAIN)
     dp = tl.dot(grad, v.T)
+    if LOGITS:
+        s = round_logits(s, unit)
     if MASKED:
         keys = start_key + tl.arange(0, BN)
         visible = keys[None, :] < last[:, None]
@@ -95,6 +99,7 @@ def query_gradient_kernel(
     p_v_quant_scale,
     p_range,
     p_seed,
+    p_logit_quant_scale,
     p_shift,
     p_row_factor,
     p_row_delta,
@@ -126,6 +131,7 @@ def query_gradient_kernel(
     HIGH: tl.constexpr,
     DROPOUT: tl.constexpr,
     COUNT: tl.constexpr,
+    LOGITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     tl.static_assert(GROUP % BM == 0, "the rows of a tile must share a group's scales")
@@ -137,6 +143,7 @@ def query_gradient_kernel(
     i_kv = batch * n_kv_heads + kv_head
     i_key_row, i_column_row = i_kv * n_keys, i_kv * D
     factor = logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale)
+    unit = logit_unit(p_logit_quant_scale, factor, head, LOGITS)
     seed = tl.load(p_seed) if DROPOUT else 0
     rows = start_row + tl.arange(0, BM)
     valid = rows < n_queries
@@ -158,27 +165,27 @@ def query_gradient_kernel(
         for start_key in tl.range(start, full_start, BN, num_stages=STAGES):
             dq, dq_residual, ds_max = query_tile(
                 dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row, i_column_row,
-                start_key, factor, shift, row_factor, row_delta, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH,
-                DROPOUT, COUNT, True, LOWER,
+                start_key, factor, unit, shift, row_factor, row_delta, first, last, seed, threshold, i_head, start_row, BM, BN,
+                HIGH, DROPOUT, COUNT, LOGITS, True, LOWER,
             )  # fmt: skip
     for start_key in tl.range(full_start, full_stop, BN, num_stages=STAGES):
         dq, dq_residual, ds_max = query_tile(
             dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row, i_column_row,
-            start_key, factor, shift, row_factor, row_delta, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH,
-            DROPOUT, COUNT, False, LOWER,
+            start_key, factor, unit, shift, row_factor, row_delta, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH,
+            DROPOUT, COUNT, LOGITS, False, LOWER,
         )  # fmt: skip
     for start_key in tl.range(full_stop, stop, BN, num_stages=STAGES):
         dq, dq_residual, ds_max = query_tile(
             dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row, i_column_row,
-            start_key, factor, shift, row_factor, row_delta, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH,
-            DROPOUT, COUNT, True, LOWER,
+            start_key, factor, unit, shift, row_factor, row_delta, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH,
+            DROPOUT, COUNT, LOGITS, True, LOWER,
         )  # fmt: skip
     if HIGH:
         dq += dq_residual * (1 / RESIDUAL_GAIN)
     i_group = i_head * n_groups + start_row // GROUP
-    unit = softmax_scale / 256 * tl.load(p_group + i_group * 4 + 3)
-    unit = unit / tl.load(p_k_quant_scale + kv_head) / tl.load(p_v_quant_scale + kv_head)
-    dq *= (unit / unit_factor)[:, None]
+    dq_unit = softmax_scale / 256 * tl.load(p_group + i_group * 4 + 3)
+    dq_unit = dq_unit / tl.load(p_k_quant_scale + kv_head) / tl.load(p_v_quant_scale + kv_head)
+    dq *= (dq_unit / unit_factor)[:, None]
     if MIX:
         dq = mix(dq.to(tl.bfloat16), p_hadamard, BM, DP, MIX)
     p_tile = tile_pointers(p_dq, batch, head, start_row, dq_b, dq_h, dq_l, BM, DP)

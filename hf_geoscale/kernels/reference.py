@@ -5,10 +5,12 @@ Work goes by blocks of `visibility.ROW_BLOCK` query rows: memory is linear in th
 into the rows of its key/value head (G·R rows), so keys are never repeated. Rounding points, in order:
 
 forward   q, k ← Hadamard (float32) · quant_scale → E4M3;  v · quant_scale → E4M3
-          S = q8·k8ᵀ (float32) → P̃ = exp2(S_log2 − row maximum) → E4M3 as 256·P̃ → O = P̃8·v8 / Σ P̃ → output dtype
+          S = q8·k8ᵀ (float32) [→ E4M3, with a logit_quant_scale] → P̃ = exp2(S_log2 − row maximum) → E4M3 as 256·P̃
+          O = P̃8·v8 / Σ P̃ → output dtype
 backward  dO′ = dO / Σ P̃ → E4M3, scaled by its amax over GRADIENT_ROWS rows;  δ = rowsum(dO′8 · O);  S and P̃ again, from the
           same q8, k8;  dS = P̃·(dO′8·v8ᵀ − δ) → E4M3 twice: for dQ scaled by the bound of its row, for dK by that of its group
           dV = P̃8ᵀ·dO′8, dQ = dS8·k8, dK = dS8ᵀ·q8 (float32) → Hadamard
+Quantised logits (arXiv 2602.18851) pass their gradient straight through: dS is the gradient of the logit before its rounding.
 The bound of dS is Cauchy–Schwarz on what the matrix unit multiplies: 2·‖dO′8 row‖·max‖v8 row‖. Like the amax of dO′ it is
 measured in the backward, where nothing can leak into a forward.
 """
@@ -58,6 +60,7 @@ class Operands:
     q_descale: Tensor  # (Hq,)
     k_descale: Tensor  # (Hkv,)
     v_descale: Tensor  # (Hkv,)
+    logit_quant_scale: Tensor | None = None  # (Hq,) of S in natural units, where logits are quantised too
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -89,7 +92,7 @@ def quantize_operand(
 ) -> Tensor:
     """x·quant_scale in float32, after the Hadamard mix when `mix`; overflow and range are recorded: (B, H, L, D)."""
     scaled = (hadamard(x) if mix else x.float()) * quant_scale[:, None, None]
-    statistics.add_overflow(count_overflow(scaled))
+    statistics.add_overflow(name, count_overflow(scaled))
     statistics.add_range(name, scaled.abs().amax(dim=(0, 2, 3)) / E4M3.max)
     return scaled
 
@@ -101,6 +104,7 @@ def quantize(
     q_quant_scale: Tensor,  # (Hq,)
     k_quant_scale: Tensor,  # (Hkv,)
     v_quant_scale: Tensor,  # (Hkv,)
+    logit_quant_scale: Tensor | None,  # (Hq,)
     options: Options,
     precision: str,
     statistics: AttentionStatistics,
@@ -111,9 +115,8 @@ def quantize(
     v = quantize_operand(value, v_quant_scale, False, "v", statistics)
     k8 = saturating_cast(k)
     residual = saturating_cast((k - k8.float()) * RESIDUAL_GAIN) if precision == "high" else None
-    return Operands(
-        saturating_cast(q), k8, saturating_cast(v), residual, 1 / q_quant_scale, 1 / k_quant_scale, 1 / v_quant_scale
-    )
+    descales = (1 / q_quant_scale, 1 / k_quant_scale, 1 / v_quant_scale)
+    return Operands(saturating_cast(q), k8, saturating_cast(v), residual, *descales, logit_quant_scale)
 
 
 def _fold(x: Tensor, groups: tuple[int, int]) -> Tensor:
@@ -137,6 +140,18 @@ def _logits_log2(q8: Tensor, keys: Tensor, operands: Operands, options: Options)
     raw = _unfold(_fold(q8.float(), groups) @ keys.mT, groups)
     descale = _per_head(operands.q_descale, q8.shape[1]) * _per_head(operands.k_descale, q8.shape[1])
     return raw * (descale * (options.softmax_scale * math.log2(math.e)))
+
+
+def _logit_unit(operands: Operands) -> Tensor | None:
+    """What one unit of S_log2 is as a scaled logit, before its rounding to E4M3: (Hq, 1, 1), or None for unquantised logits."""
+    if operands.logit_quant_scale is None:
+        return None
+    return operands.logit_quant_scale[:, None, None] * math.log(2)
+
+
+def _round_logits(logits_log2: Tensor, unit: Tensor | None) -> Tensor:
+    """Logits as E4M3 keeps them, where they are quantised: (B, Hq, R, K)."""
+    return logits_log2 if unit is None else saturating_cast(logits_log2 * unit).float() / unit
 
 
 def _probabilities(logits_log2: Tensor, visible: Tensor, row_max: Tensor) -> Tensor:
@@ -172,13 +187,19 @@ def forward(
     row_max = torch.empty(batch, heads, length, dtype=torch.float32, device=device)
     row_sum = torch.empty_like(row_max)
     descale = _per_head(operands.v_descale, heads) / (PROBABILITY_QUANT_SCALE * (1 - options.dropout_p))
+    unit, logit_range = _logit_unit(operands), torch.zeros(heads, device=device)
     for rows, columns, visible in visibility.blocks(device):
         logits = _logits_log2(q8[:, :, rows], keys[:, :, columns], operands, options)
         hidden = ~visible[:, None]
-        maximum = logits.masked_fill(hidden, -math.inf).amax(-1)
-        maximum = maximum.masked_fill(~visible.any(-1)[:, None], 0.0)
+        if unit is not None:
+            scaled = (logits * unit).masked_fill(hidden, 0)
+            statistics.add_overflow("logit", count_overflow(scaled))
+            logit_range = torch.maximum(logit_range, scaled.abs().amax(dim=(0, 2, 3)) / E4M3.max)
         if statistics.observe_logits:
             statistics.add_logits(logits.masked_fill(hidden, 0).abs().amax(dim=(0, 2, 3)) * math.log(2))
+        logits = _round_logits(logits, unit)
+        maximum = logits.masked_fill(hidden, -math.inf).amax(-1)
+        maximum = maximum.masked_fill(~visible.any(-1)[:, None], 0.0)
         p = _probabilities(logits, visible, maximum)
         total = p.sum(-1)
         p8 = saturating_cast(p * PROBABILITY_QUANT_SCALE).float()
@@ -189,6 +210,8 @@ def forward(
         safe_total = torch.where(total > 0, total, 1.0)
         out[:, :, rows] = (weighted * descale / safe_total[..., None]).to(out_dtype)
         row_max[:, :, rows], row_sum[:, :, rows] = maximum, total
+    if unit is not None:
+        statistics.add_range("logit", logit_range)
     return out, row_max, row_sum
 
 
@@ -241,14 +264,14 @@ def backward(
     q_descale, k_descale, v_descale = (
         _per_head(x, heads) for x in (operands.q_descale, operands.k_descale, operands.v_descale)
     )
-    survival = 1 - options.dropout_p
+    survival, logit_unit = 1 - options.dropout_p, _logit_unit(operands)
     v_norm = values.norm(dim=-1).amax(-1).repeat_interleave(groups[1], dim=1)[..., None]  # (B, Hq, 1)
     do_quant_scales, group_norms = gradient_scales(grad_out, row_sum)
     group_scales = logit_gradient_quant_scale(group_norms, v_norm, survival)
     for rows, columns, visible in visibility.blocks(device):
         group = rows.start // GRADIENT_ROWS
         q_rows = operands.q8[:, :, rows].float()
-        logits = _logits_log2(q_rows, keys[:, :, columns], operands, options)
+        logits = _round_logits(_logits_log2(q_rows, keys[:, :, columns], operands, options), logit_unit)
         p = _probabilities(logits, visible, row_max[:, :, rows])
         p8 = saturating_cast(p * PROBABILITY_QUANT_SCALE).float()
         do_quant_scale = do_quant_scales[:, :, group, None, None]
@@ -261,7 +284,7 @@ def backward(
         ds = p * (dp - delta)  # in units of dO′8·v8
         row_scale = logit_gradient_quant_scale(do8.norm(dim=-1), v_norm, survival)[..., None]
         group_scale = group_scales[:, :, group, None, None]
-        statistics.add_overflow(count_overflow(ds * row_scale) + count_overflow(ds * group_scale))
+        statistics.add_overflow("logit gradient", count_overflow(ds * row_scale) + count_overflow(ds * group_scale))
         unit = v_descale / do_quant_scale * options.softmax_scale
         ds8 = saturating_cast(ds * row_scale).float() * (unit / row_scale)
         dq[:, :, rows] = _unfold(_fold(ds8, groups) @ keys[:, :, columns], groups) * k_descale

@@ -1,4 +1,4 @@
-"""What an attention call saw: overflow counts and the share of each bound in use. Tensors, so that no call waits for a GPU."""
+"""What an attention call saw: overflow counts and the share of each range in use. Tensors, so that no call waits for a GPU."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,9 @@ from torch import Tensor
 class AttentionStatistics:
     """Running totals over calls since the last `reset`; all on the operands' device.
 
-    `range_used` maps "q", "k", "v" to (H,): the largest |x·quant_scale| / 448 seen per head; above 1 is an overflow.
+    `overflow` maps an operand to (), the values beyond ±448 before its cast: "q", "k", "v", "logit", "logit gradient".
+    `range_used` maps "q", "k", "v" to (H,): the largest |x·quant_scale| / 448 seen per head; above 1 is an overflow. "logit",
+    (Hq,), is there with quantised logits. `latest` has the same of the last call alone.
     `logit_amax` is (Hq,): the largest visible |q·k|·softmax_scale, or None unless `observe_logits`.
     """
 
@@ -16,8 +18,9 @@ class AttentionStatistics:
         self.reset()
 
     def reset(self) -> None:
-        self.overflow: Tensor | None = None  # () int64: values beyond ±448 before a cast, forward and backward
+        self.overflow: dict[str, Tensor] = {}
         self.range_used: dict[str, Tensor] = {}
+        self.latest: dict[str, Tensor] = {}
         self.logit_amax: Tensor | None = None
         self._gradient_overflow: Tensor | None = None
 
@@ -27,10 +30,12 @@ class AttentionStatistics:
             self._gradient_overflow = torch.zeros(1, dtype=torch.int64, device=device)
         return self._gradient_overflow
 
-    def add_overflow(self, count: Tensor) -> None:
-        self.overflow = count if self.overflow is None else self.overflow.to(count.device) + count
+    def add_overflow(self, operand: str, count: Tensor) -> None:
+        old = self.overflow.get(operand)
+        self.overflow[operand] = count if old is None else old.to(count.device) + count
 
     def add_range(self, operand: str, used: Tensor) -> None:
+        self.latest[operand] = used
         old = self.range_used.get(operand)
         self.range_used[operand] = used if old is None else torch.maximum(old.to(used.device), used)
 
@@ -39,7 +44,14 @@ class AttentionStatistics:
         self.logit_amax = amax if old is None else torch.maximum(old.to(amax.device), amax)
 
     @property
+    def overflows_by_operand(self) -> dict[str, int]:
+        """Overflow counts as numbers; waits for the device."""
+        counts = {operand: int(count) for operand, count in self.overflow.items()}
+        if self._gradient_overflow is not None:
+            counts["logit gradient"] = counts.get("logit gradient", 0) + int(self._gradient_overflow)
+        return counts
+
+    @property
     def overflows(self) -> int:
-        """Overflow count as a number; waits for the device."""
-        counts = (self.overflow, self._gradient_overflow)
-        return sum(int(count) for count in counts if count is not None)
+        """Overflow count of all operands as a number; waits for the device."""
+        return sum(self.overflows_by_operand.values())

@@ -42,12 +42,12 @@ def _calls(
     seed = torch.zeros((), dtype=torch.int64, device="cuda") if dropout_p else None
 
     def forward():
-        return fused.attention_forward(q, k, v, *scales, None, seed, None, *options, high, False, False)
+        return fused.attention_forward(q, k, v, *scales, None, seed, None, None, *options, high, False, False)
 
     saved = forward()[:8]
 
     def backward():
-        return fused.attention_backward(grad, *saved, *scales, None, seed, None, *options, *[torch.bfloat16] * 3)
+        return fused.attention_backward(grad, *saved, *scales, None, seed, None, None, *options, *[torch.bfloat16] * 3)
 
     return {"forward": forward, "query_gradient": backward, "key_gradient": backward}
 

@@ -84,6 +84,13 @@ CASES = {
     "packed, not causal": {"ranges": "packed", "rows": 131, "causal": False},
     "dropout": {"dropout_p": 0.2, "dropout_seed": 2**40 + 7},
     "dropout, high precision, packed": {"dropout_p": 0.1, "dropout_seed": 3, "precision": "high", "ranges": "packed"},
+    "quantised logits": {"logit_bound": 8.0},
+    "quantised logits that overflow": {"logit_bound": 1.5, "batch": 2},
+    "quantised logits, window": {"logit_bound": 8.0, "rows": 150, "window": 50},
+    "quantised logits, high precision, dropout, packed": {
+        **{"logit_bound": 8.0, "precision": "high", "ranges": "packed"},
+        **{"dropout_p": 0.1, "dropout_seed": 3},
+    },
     "float16": {"dtype": torch.float16},
     "float32": {"dtype": torch.float32},
 }
@@ -98,6 +105,8 @@ def operands(case: dict) -> tuple[list[Tensor], dict]:
     if drawn[0].dtype == torch.float32:
         drawn = [x.bfloat16().float() for x in drawn]  # what the kernels make of float32
     leaves = [x.detach().transpose(1, 2).contiguous().to(DEVICE).transpose(1, 2).requires_grad_() for x in drawn]
+    if bound := options.pop("logit_bound", None):
+        options["logit_quant_scale"] = torch.full((leaves[0].shape[1],), 448 / bound, device=DEVICE)
     if kind := options.pop("ranges", None):
         options["key_range"] = ranges(kind, leaves[0].shape[2]).to(DEVICE)
     return leaves, {**scales(*leaves), **options}
@@ -167,6 +176,20 @@ class TestPortableKernelsOnHopper:
         monkeypatch.setattr(fused.hopper, "launches_for", lambda *_, **__: None)
         leaves, options = operands(CASES[case])
         assert agree(run(leaves, options), run(leaves, options, "reference"))
+
+
+def test_quantised_logits_are_counted_before_they_saturate():
+    leaves, options = operands(CASES["quantised logits that overflow"])
+    mine, theirs = AttentionStatistics(), AttentionStatistics()
+    run(leaves, {**options, "statistics": mine})
+    run(leaves, {**options, "statistics": theirs}, "reference")
+    counts = theirs.overflows_by_operand
+    assert counts.pop("logit gradient") == 0
+    assert counts["logit"] > 100
+    assert mine.overflows_by_operand == pytest.approx(
+        counts, rel=2e-2
+    )  # a few logits lie within round-off of the limit
+    torch.testing.assert_close(mine.range_used["logit"], theirs.range_used["logit"], rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("case", ["causal", "window", "padding", "high precision", "dropout", "dim 80"])
@@ -405,7 +428,7 @@ class TestOp:
 
     def test_registration(self):
         leaves, options = operands({"rows": 40})
-        arguments = (*leaves, *options.values(), None, None, None, 0.125, True, 0, 0.0, True, False, True, False)
+        arguments = (*leaves, *options.values(), None, None, None, None, 0.125, True, 0, 0.0, True, False, True, False)
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(fused.attention_forward, arguments, test_utils=checks)
 

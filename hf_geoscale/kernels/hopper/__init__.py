@@ -1,7 +1,7 @@
 """The attention kernels for Hopper GPUs, in Gluon: one loading warp, two or three multiplying warpgroups that share its tiles.
 
 Same arithmetic and operands as the portable kernels, which take what these do not: other GPUs, head dimensions up to 32 or beyond
-128, precision="high", dropout, and the counters of logits and dS8.
+128, precision="high", dropout, quantised logits, and the counters of logits and dS8.
 """
 
 from importlib import import_module
@@ -31,6 +31,6 @@ def runs(device: torch.device, padded_dim: int) -> bool:
 
 def launches_for(call: Call, device: torch.device, count: bool) -> ModuleType | None:
     """The launches of these kernels if they run a call, with the counters of logits or dS8 where `count` asks for them."""
-    if call.high or call.dropout_p or count:
+    if call.high or call.dropout_p or count or call.logit_quant_scale is not None:
         return None
     return launch if runs(device, call.padded_dim) else None

@@ -85,11 +85,11 @@ def _signs(call: Call) -> TensorDescriptor | None:
 
 
 def _flags(call: Call) -> dict[str, bool | int]:
-    return {name: flag for name, flag in call.flags.items() if name not in ("HIGH", "DROPOUT")}
+    return {name: flag for name, flag in call.flags.items() if name not in ("HIGH", "DROPOUT", "LOGITS")}
 
 
-def forward(call: Call, q8, k8, residual, v8, out, shift, row_sum, logit_max) -> None:
-    """As the portable launch; `residual` and `logit_max` are not used."""
+def forward(call: Call, q8, k8, residual, v8, out, shift, row_sum, logit_max, overflow) -> None:
+    """As the portable launch; `residual`, `logit_max` and `overflow` are not used."""
     batch, heads, n_queries, _ = q8.shape
     kv_heads, n_keys = k8.shape[1:3]
     dim = call.padded_dim
