@@ -47,6 +47,6 @@ FUSED_LOGITS = 2.0**-8
 round-off, but sums in another order inside the Hadamard mix flip a few roundings of q8 and k8. Observed: 2⁻¹⁰."""
 
 MATRIX_UNIT_ERROR = 4e-4
-"""Root-mean-square error of an H100's q8·k8, relative to the largest logit: its matrix unit shifts the products of an instruction
+"""Root-mean-square error of an H100's logits over their root mean square: its matrix unit shifts the products of an instruction
 to the exponent of the largest and cuts them off after 13 bits. Measured 0.8e-4 to 3.6e-4 (docs/kernels.md); Triton's interpreter
 and the reference sum in float32."""

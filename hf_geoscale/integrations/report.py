@@ -7,7 +7,8 @@ from ..geometry import measure_interaction
 from .layer import GeoScaleLayer, PatchedLayer, model_alpha_min
 from .patching import patched_layers
 
-_BOUNDS = ("sigma_lower", "sigma_upper", "q_bound", "k_bound", "v_bound", "logit_bound", "worst_case_logit")
+_CERTIFICATES = ("sigma_lower", "q_bound", "k_bound", "v_bound", "logit_bound")
+_BOUNDS = (*_CERTIFICATES, "sigma_upper", "worst_case_logit")
 
 _OBSERVED = ("q_amax", "k_amax", "v_amax", "logit_amax")
 
@@ -82,7 +83,7 @@ def _measured(layer: GeoScaleLayer, model: Any, layers: int) -> dict:
     layer.refresh_if_stale()
     layer.collect()
     query, key, _ = layer.site.projections()
-    row = {name: getattr(layer.geometry, name).tolist() for name in _BOUNDS if hasattr(layer.geometry, name)}
+    row = {name: getattr(layer.geometry, name).tolist() for name in _CERTIFICATES}
     sigma, worst_case = measure_interaction(query, key, layer.site.softmax_scale)
     row["sigma_upper"], row["worst_case_logit"] = sigma.tolist(), worst_case.tolist()
     row["alpha_min"] = model_alpha_min(model, layer.site, layers, layer.config)

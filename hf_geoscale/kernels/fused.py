@@ -98,7 +98,7 @@ def _attention_forward(
     out = _like_heads_inside(query, query.dtype)
     shift = torch.empty(batch, heads, n_queries, device=device)
     row_sum = torch.empty_like(shift)
-    kernels = hopper.launches_for(call, device, count=observe) or launch
+    kernels = hopper.launches_for(call, device, counters=observe) or launch
     kernels.forward(call, q8, k8, residual, v8, out, shift, row_sum, logit_max, overflow)
     return out, shift, row_sum, q8, k8, residual, v8, v_norm, amax, overflow, logit_max
 
@@ -191,7 +191,7 @@ def _attention_backward(
 
     dq = _like_heads_inside(q8, q_dtype)
     dk, dv = _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
-    kernels = hopper.launches_for(call, device, count=gradient_overflow is not None) or launch
+    kernels = hopper.launches_for(call, device, counters=gradient_overflow is not None) or launch
     kernels.query_gradient(
         call, q8, k8, k8_columns, residual, residual_columns, v8_rows, grad8, shift, row_factor, row_delta, group,
         gradient_overflow, dq,

@@ -4,6 +4,7 @@ Same arithmetic and operands as the portable kernels, which take what these do n
 128, precision="high", dropout, quantised logits, and the counters of logits and dS8.
 """
 
+import warnings
 from importlib import import_module
 from types import ModuleType
 
@@ -15,11 +16,18 @@ from ..launch import Call
 TRITON_WITH_GLUON = (3, 6)
 """Release whose Gluon has what these kernels need; torch 2.10 brings it along."""
 
-_COMPILES = (
-    tuple(int(part) for part in triton.__version__.split(".")[:2]) >= TRITON_WITH_GLUON
-    and not triton.knobs.runtime.interpret
-)
-launch: ModuleType | None = import_module(".launch", __package__) if _COMPILES else None
+launch: ModuleType | None = None
+if tuple(map(int, triton.__version__.split(".")[:2])) >= TRITON_WITH_GLUON and not triton.knobs.runtime.interpret:
+    try:
+        launch = import_module(".launch", __package__)
+    except (
+        ImportError,
+        AttributeError,
+        TypeError,
+    ) as error:  # Gluon is experimental: a later Triton may have renamed a part
+        warnings.warn(
+            f"the Hopper kernels are not used, Triton {triton.__version__} has another Gluon: {error}", stacklevel=2
+        )
 
 
 def runs(device: torch.device, padded_dim: int) -> bool:
@@ -29,8 +37,8 @@ def runs(device: torch.device, padded_dim: int) -> bool:
     return padded_dim in launch.TABLE
 
 
-def launches_for(call: Call, device: torch.device, count: bool) -> ModuleType | None:
-    """The launches of these kernels if they run a call, with the counters of logits or dS8 where `count` asks for them."""
-    if call.high or call.dropout_p or count or call.logit_quant_scale is not None:
+def launches_for(call: Call, device: torch.device, counters: bool) -> ModuleType | None:
+    """The launches of these kernels, or None where a call, the counters of logits or dS8 included, needs the portable ones."""
+    if call.high or call.dropout_p or counters or call.logit_quant_scale is not None:
         return None
     return launch if runs(device, call.padded_dim) else None

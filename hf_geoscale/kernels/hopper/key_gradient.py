@@ -212,6 +212,7 @@ def key_gradient_kernel(
     CONSUMERS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
+    gl.static_assert(GROUP % BM == 0, "the rows of a tile must share a group's scales")
     KEYS: gl.constexpr = CONSUMERS * ROWS
     block, i_kv = heaviest_first(gl.cdiv(n_keys, KEYS))
     start_key, heads = block * KEYS, n_heads // n_kv_heads

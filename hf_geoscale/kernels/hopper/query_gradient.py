@@ -157,6 +157,7 @@ def query_gradient_kernel(
     CONSUMERS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
+    gl.static_assert(GROUP % ROWS == 0, "the rows of a tile must share a group's scales")
     i_head, start_row, start, stop = block_of_rows(
         p_range, n_heads, n_queries, n_keys, window, BN, CONSUMERS, CAUSAL, WINDOW, RANGES
     )

@@ -103,12 +103,11 @@ def halves(x):
 
 @gluon.jit
 def row_maximum(x):
-    """Maximum of each row of a tile (64, 64 or 128), halves first: no comparison waits for the one before."""
+    """Maximum of each row of a tile (64, 128), halves first: no comparison waits for the one before."""
     left, right = halves(x)
     x = gl.maximum(left, right)
-    if x.shape[1] == 64:
-        left, right = halves(x)
-        x = gl.maximum(left, right)
+    left, right = halves(x)
+    x = gl.maximum(left, right)
     left, right = halves(x)
     x = gl.maximum(left, right)
     left, right = halves(x)
@@ -117,12 +116,11 @@ def row_maximum(x):
 
 @gluon.jit
 def row_total(x):
-    """Sum of each row of a tile (64, 64 or 128), in the order of `row_maximum`."""
+    """Sum of each row of a tile (64, 128), in the order of `row_maximum`."""
     left, right = halves(x)
     x = left + right
-    if x.shape[1] == 64:
-        left, right = halves(x)
-        x = left + right
+    left, right = halves(x)
+    x = left + right
     left, right = halves(x)
     x = left + right
     left, right = halves(x)
