@@ -87,3 +87,37 @@ def finetune(
         finetune_model(settings, output, save_steps, resume, overwrite, save_model, baseline, console)
     except (ValueError, OSError, ImportError) as error:
         raise _fail(error) from error
+
+
+@app.command()
+def transients(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Folder for transients.jsonl, .md and .png.")],
+    text: Annotated[Path | None, typer.Option(help="Text file; default: the English of Python's own manual.")] = None,
+    scenario: Annotated[list[str] | None, typer.Option(help="One of them; may be repeated. Default: all.")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help="One of them; may be repeated. Default: all.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Data orders of the scenarios with training.")] = 3,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of a scenario with training.")] = 12,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(min=0, help="AdamW, before the spike.")] = 2e-5,
+) -> None:
+    """Change a model's weights suddenly under every scaling strategy, and count what overflows."""
+    from .transients import SCENARIOS, STRATEGIES, Settings, run_transients
+
+    try:
+        settings = Settings(
+            model=model,
+            text=None if text is None else str(text),
+            scenarios=tuple(scenario or SCENARIOS),
+            strategies=tuple(strategy or STRATEGIES),
+            seeds=seeds,
+            steps=steps,
+            length=length,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+        )
+        run_transients(settings, output, console)
+    except (ValueError, OSError, ImportError) as error:
+        raise _fail(error) from error
+    console.print((output / "transients.md").read_text(), markup=False, highlight=False, soft_wrap=True)

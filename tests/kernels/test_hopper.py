@@ -52,7 +52,7 @@ q8, k8 = (torch.zeros(1, count, length, dim, dtype=e4m3) for count in (heads, kv
 q8_columns, k8_columns = (torch.zeros(1, count, dim, length, dtype=e4m3) for count in (heads, kv_heads))
 rows, group = torch.zeros(1, heads, length), torch.zeros(1, heads, 1, 4)
 out, dk = (torch.zeros(1, count, length, dim, dtype=torch.bfloat16) for count in (heads, kv_heads))
-hopper.launch.forward(call, q8, k8, None, k8_columns, out, rows, rows, None)
+hopper.launch.forward(call, q8, k8, None, k8_columns, out, rows, rows, None, None)
 hopper.launch.query_gradient(call, q8, k8, k8_columns, None, None, k8, q8, rows, rows, rows, group, None, out)
 hopper.launch.key_gradient(call, q8, q8_columns, k8, None, k8, q8, q8_columns, rows, rows, group, dk, dk)
 """
