@@ -22,6 +22,9 @@ VARIANTS: dict[str, dict] = {
     "no Hadamard": {"incoherent": False},
     "headroom 4": {"headroom": 4.0},
     "headroom 64": {"headroom": 64.0},
+    "FP8 logits, certified": {"quantize_logits": True},
+    "FP8 logits, rank-aware": {"quantize_logits": True, "bound": "rank_aware"},
+    "FP8 logits, current scaling": {"quantize_logits": True, "scaling": "current"},
 }
 
 

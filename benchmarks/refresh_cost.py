@@ -1,62 +1,96 @@
 """Time of one refresh for a model's shape with random weights, on the device at hand: `python benchmarks/refresh_cost.py`.
 
-Layers are refreshed one after the other, as in training; median of five refreshes after a warm-up, all layers counted.
+One layer is refreshed (median of five after a warm-up) and counted as many times as the model has layers. Certificates, with the
+trace powers of D × D Gram matrices, and warm-started power iteration are timed apart. Work: the 2·D²·d·(Hq + 2·Hkv) operations of
+the Gram matrices of a layer, times the layers, which is what the certificates grow with.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from hf_geoscale.geometry import Projection, measure_layer
+from hf_geoscale.geometry.spectral import WARM_ROUNDS, interaction_power_iteration
 
-HEADER = "| shape | device | torch | ms a refresh (median of 5) |\n|---|---|---|---|\n"
+STEP_TOKENS, STEP_SPEED = 8192, 400e12
+"""An assumed training step: 6 operations a parameter and token, at the 400 TFLOP/s that BF16 training reaches on an H100."""
 
-# name: width, head dimension, query heads, key/value heads, layers
+# name: width, head dimension, query heads, key/value heads, layers, parameters
 SHAPES = {
-    "SmolLM2-135M": (576, 64, 9, 3, 30),
-    "Llama-3.2-1B": (2048, 64, 32, 8, 16),
-    "Llama-3-8B": (4096, 128, 32, 8, 32),
+    "SmolLM2-135M": (576, 64, 9, 3, 30, 0.135e9),
+    "Llama-3.2-1B": (2048, 64, 32, 8, 16, 1.24e9),
+    "GPT-2 XL": (1600, 64, 25, 25, 48, 1.56e9),
+    "Mistral-7B, Llama-3-8B": (4096, 128, 32, 8, 32, 7.25e9),
+    "Llama-2-13B": (5120, 128, 40, 40, 40, 13.0e9),
+    "Llama-2-70B": (8192, 128, 64, 8, 80, 69.0e9),
 }
 
+COLUMNS = (
+    *("shape", "device", "torch", "work, GFLOP", "certificates, ms", "power iteration, ms", "a refresh, ms"),
+    "share of an assumed step",
+)
 
-def refresh_seconds(width: int, dim: int, heads: int, kv_heads: int, layers: int, device: str) -> float:
-    generator = torch.Generator(device).manual_seed(0)
-    gain = torch.ones(width, device=device)
-    weights = [
-        torch.randn(h, dim, width, generator=generator, device=device) * width**-0.5
-        for h in (heads, kv_heads, kv_heads)
-    ]
-    projections = [Projection(w, gain) for w in weights]
-    vectors, times = None, []
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    """Median wall clock of five calls after one."""
+    times = []
     for _ in range(6):
         if device == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
-        for _ in range(layers):
-            vectors = measure_layer(*projections, dim**-0.5, vectors=vectors).vectors
+        call()
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
 
 
+def layer_seconds(width: int, dim: int, heads: int, kv_heads: int, device: str) -> tuple[float, float]:
+    """Seconds of one layer's refresh, and of its power iteration alone."""
+    generator = torch.Generator(device).manual_seed(0)
+    gain = torch.ones(width, device=device)
+    query, key, value = (
+        Projection(torch.randn(h, dim, width, generator=generator, device=device) * width**-0.5, gain)
+        for h in (heads, kv_heads, kv_heads)
+    )
+    vectors = measure_layer(query, key, value, dim**-0.5).vectors
+    matrix_q, matrix_k = query.matrix(), key.matrix()
+    whole = seconds(lambda: measure_layer(query, key, value, dim**-0.5, vectors=vectors), device)
+    power = seconds(lambda: interaction_power_iteration(matrix_q, matrix_k, vectors, WARM_ROUNDS), device)
+    return whole, power
+
+
+def row(name: str, device: str, device_name: str) -> str:
+    width, dim, heads, kv_heads, layers, parameters = SHAPES[name]
+    whole, power = (x * layers for x in layer_seconds(width, dim, heads, kv_heads, device))
+    work = 2 * dim**2 * width * (heads + 2 * kv_heads) * layers
+    share = whole / (6 * parameters * STEP_TOKENS / STEP_SPEED) if device == "cuda" else None
+    cells = [name, device_name, torch.__version__, f"{work / 1e9:.1f}"]
+    cells += [f"{x * 1e3:.0f}" for x in (whole - power, power, whole)]
+    cells.append("–" if share is None else f"{share:.1%}")
+    return f"| {' | '.join(cells)} |\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--output", type=Path, help="Markdown file to append a row per shape to; default: print only")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    rows = [
-        f"| {model} | {name} | {torch.__version__} | {refresh_seconds(*shape, device) * 1e3:.0f} |\n"
-        for model, shape in SHAPES.items()
-    ]
-    print("".join(rows))
+    rows = []
+    for shape in arguments.shapes:
+        rows.append(row(shape, device, name))
+        print(rows[-1], end="", flush=True)
     if arguments.output:
         header = (
-            f"Generated by `python benchmarks/refresh_cost.py`: one refresh of all layers, random weights.\n\n{HEADER}"
+            "Generated by `python benchmarks/refresh_cost.py`: one refresh of all layers, random weights, one layer times their "
+            f"number.\nThe step: {STEP_TOKENS:,} tokens at {STEP_SPEED / 1e12:.0f} TFLOP/s, assumed.\n\n"
+            f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
         )
         text = arguments.output.read_text() if arguments.output.exists() else header
         arguments.output.write_text(text + "".join(rows))

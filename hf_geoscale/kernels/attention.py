@@ -97,11 +97,10 @@ def _fused(
     )  # fmt: skip
     if statistics is not None:
         heads, kv_heads = query.shape[1], key.shape[1]
-        for i, used in enumerate((amax / E4M3.max).split((heads, kv_heads, kv_heads))):
-            statistics.add_overflow("qkv"[i], overflow[i].long())
-            statistics.add_range("qkv"[i], used)
+        statistics.add_cast_overflow(overflow[:3] if scales[3] is None else overflow)
+        for name, used in zip("qkv", (amax / E4M3.max).split((heads, kv_heads, kv_heads)), strict=True):
+            statistics.add_range(name, used)
         if scales[3] is not None:
-            statistics.add_overflow("logit", overflow[3].long())
             statistics.add_range("logit", logit_max * scales[3] / E4M3.max)
         if observe:
             statistics.add_logits(logit_max)

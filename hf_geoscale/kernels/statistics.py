@@ -7,7 +7,6 @@ from torch import Tensor
 class AttentionStatistics:
     """Running totals over calls since the last `reset`; all on the operands' device.
 
-    `overflow` maps an operand to (), the values beyond ±448 before its cast: "q", "k", "v", "logit", "logit gradient".
     `range_used` maps "q", "k", "v" to (H,): the largest |x·quant_scale| / 448 seen per head; above 1 is an overflow. "logit",
     (Hq,), is there with quantised logits. `latest` has the same of the last call alone.
     `logit_amax` is (Hq,): the largest visible |q·k|·softmax_scale, or None unless `observe_logits`.
@@ -18,7 +17,8 @@ class AttentionStatistics:
         self.reset()
 
     def reset(self) -> None:
-        self.overflow: dict[str, Tensor] = {}
+        self._overflow: dict[str, Tensor] = {}
+        self._cast_overflow: Tensor | None = None
         self.range_used: dict[str, Tensor] = {}
         self.latest: dict[str, Tensor] = {}
         self.logit_amax: Tensor | None = None
@@ -31,8 +31,14 @@ class AttentionStatistics:
         return self._gradient_overflow
 
     def add_overflow(self, operand: str, count: Tensor) -> None:
-        old = self.overflow.get(operand)
-        self.overflow[operand] = count if old is None else old.to(count.device) + count
+        """Add to an operand's count, (): "q", "k", "v", "logit" or "logit gradient"."""
+        old = self._overflow.get(operand)
+        self._overflow[operand] = count if old is None else old.to(count.device) + count
+
+    def add_cast_overflow(self, counts: Tensor) -> None:
+        """Add to the counts of q, k, v and, if there are four, logits: what a fused forward counts, in one launch."""
+        old = self._cast_overflow
+        self._cast_overflow = counts.long() if old is None else old.to(counts.device) + counts
 
     def add_range(self, operand: str, used: Tensor) -> None:
         self.latest[operand] = used
@@ -45,8 +51,11 @@ class AttentionStatistics:
 
     @property
     def overflows_by_operand(self) -> dict[str, int]:
-        """Overflow counts as numbers; waits for the device."""
-        counts = {operand: int(count) for operand, count in self.overflow.items()}
+        """Values beyond ±448 before the cast of each operand, as numbers; waits for the device."""
+        counts = {operand: int(count) for operand, count in self._overflow.items()}
+        if self._cast_overflow is not None:
+            for operand, count in zip(("q", "k", "v", "logit"), self._cast_overflow.tolist(), strict=False):
+                counts[operand] = counts.get(operand, 0) + count
         if self._gradient_overflow is not None:
             counts["logit gradient"] = counts.get("logit gradient", 0) + int(self._gradient_overflow)
         return counts
