@@ -200,6 +200,7 @@ def run_transients(settings: Settings, output: Path, console: Console) -> list[d
     start = {name: x.clone() for name, x in model.state_dict().items()}
     initial = fresh_weights(model) if "other" in settings.scenarios else {}
     host = asdict(settings) | {
+        "model": Path(settings.model).name,  # no path of this machine
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
