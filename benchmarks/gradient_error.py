@@ -93,7 +93,7 @@ def measure(model: PreTrainedModel, ids: Tensor, layers: tuple[int, ...] = LAYER
     errors: dict[str, list[list[float]]] = {}
     for layer in layers:
         state = geoscale_layers(model)[layer]
-        scales = state.scaling.quant_scales(*captured[layer][:3])
+        scales = state.scaling.scales
         truth = run(exact, captured[layer])
         for name, attention in variants(scales).items():
             results = run(attention, captured[layer])

@@ -69,7 +69,7 @@ def test_batch_and_padding_do_not_change_a_row_of_attention(smollm2):
     for layer in (0, 8, 20):
         operands = captured[layer][:3]
         state = geoscale_layers(model)[layer]
-        scales = state.scaling.quant_scales(*operands)
+        scales = state.scaling.scales
         options = {f"{n}_quant_scale": getattr(scales, n) for n in "qkv"}
         alone = fp8_attention(*operands, **options)
         generator = torch.Generator().manual_seed(0)
