@@ -24,7 +24,7 @@ from transformers.utils import logging
 from ..config import AutoAlpha, Delayed, GeoScaleConfig
 from ..integrations import geoscale_layers, patch_model, unpatch_model
 from .loading import load, read_text, token_blocks
-from .transients_report import write_report
+from .transients_report import SPIKE_STEPS, write_report
 
 STRATEGIES: dict[str, GeoScaleConfig | None] = {
     "unquantised": None,
@@ -42,8 +42,6 @@ STRATEGIES: dict[str, GeoScaleConfig | None] = {
 SCENARIOS = ("fresh", "resume", "spike10", "spike100", "other", "stress4", "stress16")
 TRAINED = ("resume", "spike10", "spike100")
 """Scenarios with training, which depend on the order of data and so on the seed; the others run once."""
-
-SPIKE_STEPS = 3
 
 
 @dataclass(frozen=True)

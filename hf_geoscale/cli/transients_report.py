@@ -3,6 +3,9 @@
 from pathlib import Path
 from statistics import mean
 
+SPIKE_STEPS = 3
+"""Steps before a learning-rate spike, and of the spike itself."""
+
 COLUMNS = (
     "strategy",
     "runs",
@@ -60,7 +63,7 @@ def to_markdown(host: dict, records: list[dict]) -> str:
 
 
 def plot(records: list[dict], path: Path) -> None:
-    """Loss and overflows over the steps around the learning-rate spike, seed 0, a line a strategy."""
+    """Loss and overflows over the steps around the learning-rate spike (shaded), seed 0, a line a strategy."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -73,13 +76,18 @@ def plot(records: list[dict], path: Path) -> None:
     )
     for column, scenario in enumerate(scenarios):
         mine = [record for record in records if record["scenario"] == scenario and record["seed"] == 0]
-        for strategy in dict.fromkeys(record["strategy"] for record in mine):
+        for color, strategy in enumerate(dict.fromkeys(record["strategy"] for record in mine)):
             line = [record for record in mine if record["strategy"] == strategy]
             steps = [record["step"] for record in line]
-            axes[0][column].plot(steps, [record["loss"] for record in line], marker=".", label=strategy)
+            axes[0][column].plot(
+                steps, [record["loss"] for record in line], marker=".", color=f"C{color}", label=strategy
+            )
             if any(record["overflows"] for record in line):
                 counts = [sum(record["overflows"].values()) for record in line]
-                axes[1][column].plot(steps, counts, marker=".", label=strategy)
+                axes[1][column].plot(steps, counts, marker=".", color=f"C{color}")
+        if spikes:
+            for axis in axes[:, column]:
+                axis.axvspan(SPIKE_STEPS - 0.5, 2 * SPIKE_STEPS - 0.5, color="0.9", zorder=0)
         axes[0][column].set_title(f"learning rate × {scenario.removeprefix('spike')}" if spikes else scenario)
         axes[1][column].set_yscale("symlog", linthresh=1)
         axes[1][column].set_xlabel("optimizer step")
