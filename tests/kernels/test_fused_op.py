@@ -1,0 +1,158 @@
+"""The fused kernels as an op: autograd, compilation, autocast, CUDA graphs, memory; and which backend runs where."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_geoscale import fp8_attention
+from hf_geoscale.kernels import Visibility
+from hf_geoscale.kernels.backend import resolve_backend, triton_missing
+
+from ..tolerances import FUSED_ERROR, OUTPUT_ERROR
+from .fused_cases import DEVICE, NEEDS_KERNELS, operands, ranges, run
+from .test_reference import exact, relative
+
+pytestmark = NEEDS_KERNELS
+if triton_missing(DEVICE) is None:
+    from hf_geoscale.kernels import fused
+
+
+class TestOp:
+    def test_second_derivatives_are_refused(self):
+        leaves, options = operands({"rows": 40})
+        out = fp8_attention(*leaves, **options, backend="triton")
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            torch.autograd.grad(out.sum(), leaves, create_graph=True)
+
+    def test_dropout_seeds_of_every_kind(self):
+        leaves, options = operands({"rows": 40, "dropout_p": 0.3})
+        seeds = (2**64 - 5, -5, torch.tensor(-5), torch.tensor(-5, dtype=torch.int32))
+        outs = [fp8_attention(*leaves, **options, dropout_seed=seed, backend="triton") for seed in seeds]
+        assert all(torch.equal(out, outs[0]) for out in outs)
+        assert relative(outs[0], fp8_attention(*leaves, **options, dropout_seed=-5, backend="reference")) < FUSED_ERROR
+
+    def test_log_sum_exp(self):
+        leaves, options = operands({"rows": 131, "keys": 131, "ranges": "padding"})
+        _, lse = fp8_attention(*leaves, **options, backend="triton", return_lse=True)
+        q, k, _ = (x.detach().double().cpu() for x in leaves)
+        visible = Visibility(131, 131, True, None, ranges("padding", 131)).dense(torch.device("cpu"))
+        logits = (q @ k.repeat_interleave(2, 1).mT / 8).masked_fill(~visible, float("-inf"))
+        torch.testing.assert_close(lse.cpu().double(), logits.logsumexp(-1), rtol=0, atol=0.15)
+        assert lse.dtype == torch.float32
+        assert not lse.requires_grad
+
+    def test_against_exact_attention(self):
+        leaves, options = operands({"rows": 131})
+        out = fp8_attention(*leaves, **options, backend="triton")
+        visible = Visibility(131, 131).dense(torch.device("cpu"))
+        assert relative(out.cpu(), exact(*(x.detach().cpu() for x in leaves), visible, 0.125)) < OUTPUT_ERROR
+
+    def test_compiles_whole_and_does_not_recompile_for_new_scales(self):
+        leaves, options = operands({})
+        graphs = []
+
+        def count(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        def attend(q, k, v, q_scale, k_scale, v_scale):
+            names = {"q_quant_scale": q_scale, "k_quant_scale": k_scale, "v_quant_scale": v_scale}
+            return fp8_attention(q, k, v, **names, backend="triton") * 2
+
+        compiled = torch.compile(attend, fullgraph=True, backend=count)
+        for factor in (1.0, 0.5, 0.25):
+            given = [scale * factor for scale in options.values()]
+            assert torch.equal(compiled(*leaves, *given), attend(*leaves, *given))
+        assert len(graphs) == 1
+
+    @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+    def test_gradients_through_a_compiled_graph(self, compiler):
+        leaves, options = operands({})
+        eager = run(leaves, options)
+        torch._dynamo.reset()
+        attend = torch.compile(
+            lambda *x: fp8_attention(*x, **options, backend="triton"), fullgraph=True, backend=compiler
+        )
+        out = attend(*leaves)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
+        compiled = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+        assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+    def test_registration(self):
+        leaves, options = operands({"rows": 40})
+        arguments = (*leaves, *options.values(), None, None, None, None, 0.125, True, 0, 0.0, True, False, True, False)
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(fused.attention_forward, arguments, test_utils=checks)
+
+    def test_autocast_changes_nothing(self):
+        leaves, options = operands({})
+        eager = run(leaves, options)
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            inside = run(leaves, options)
+        assert all(torch.equal(a, b) for a, b in zip(eager, inside, strict=True))
+
+    @pytest.mark.gpu
+    def test_cuda_graph(self):
+        leaves, options = operands({"rows": 200})
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            run(leaves, options)
+        torch.cuda.synchronize()
+        grad = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(5)).to(leaves[0])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = fp8_attention(*leaves, **options, backend="triton")
+            captured = [out, *torch.autograd.grad(out, leaves, grad)]
+        for _ in range(2):  # the second time on other operands
+            for x in captured:
+                x.detach().fill_(float("nan"))
+            graph.replay()
+            assert all(torch.equal(a, b) for a, b in zip(run(leaves, options), captured, strict=True))
+            with torch.no_grad():
+                leaves[2].mul_(0.5)
+
+    @pytest.mark.parametrize(("kv_heads", "share"), [(1, 0.72), (4, 0.65)], ids=["4:1", "multi-head"])
+    @pytest.mark.parametrize("dim", [64, 128])
+    def test_memory_kept_for_the_backward(self, kv_heads, share, dim):
+        """Against q, k, v, O in BF16 and the log-sum-exp, which BF16 attention keeps."""
+        sizes = []
+        leaves, options = operands({"rows": 256, "heads": 4, "kv_heads": kv_heads, "dim": dim})
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            fp8_attention(*leaves, **options, backend="triton")
+        q, k, v = leaves
+        assert sum(sizes) <= share * (2 * q.nbytes + k.nbytes + v.nbytes + q[..., 0].numel() * 4)
+
+    @pytest.mark.gpu
+    def test_matches_sdpa_at_length_4096(self):
+        leaves, options = operands({"rows": 4096, "dim": 128})
+        mine = run(leaves, options)
+        out = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
+        theirs = [out, *torch.autograd.grad(out, leaves, grad)]
+        assert relative(mine[0], theirs[0]) < 1.5 * OUTPUT_ERROR
+        assert all(relative(a, b) < 2.5 * OUTPUT_ERROR for a, b in zip(mine[1:], theirs[1:], strict=True))
+
+
+class TestBackend:
+    def test_auto_takes_the_kernels_on_a_gpu_only(self):
+        assert resolve_backend("auto", DEVICE) == ("triton" if DEVICE.type == "cuda" else "reference")
+        assert resolve_backend("reference", DEVICE) == "reference"
+
+    def test_a_device_without_fp8_is_named(self, monkeypatch):
+        monkeypatch.setattr("hf_geoscale.kernels.backend.INTERPRETED", False)
+        with pytest.raises(RuntimeError, match=r'backend="triton" cannot run: they need an NVIDIA GPU.*\'cpu\''):
+            resolve_backend("triton", torch.device("cpu"))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+        with pytest.raises(RuntimeError, match=r"NVIDIA A100 \(compute capability 8.0\) has no FP8 matrix unit"):
+            resolve_backend("triton", torch.device("cuda"))
+        assert resolve_backend("auto", torch.device("cuda")) == "reference"
+
+    def test_missing_triton_is_named(self, monkeypatch):
+        monkeypatch.setattr("hf_geoscale.kernels.backend.TRITON_INSTALLED", False)
+        with pytest.raises(RuntimeError, match=r"Triton 3.4 or later is not installed"):
+            resolve_backend("triton", torch.device("cuda"))
+
+    def test_unknown_backend_is_named(self):
+        with pytest.raises(ValueError, match=r"backend must be one of .*'cudnn'"):
+            resolve_backend("cudnn", DEVICE)
