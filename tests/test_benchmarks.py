@@ -1,11 +1,14 @@
 """Published benchmark tables are what their scripts make of the recorded measurements."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from hf_geoscale.cli.transients_report import to_markdown
 from hf_geoscale.kernels.backend import TRITON_INSTALLED
 
 ROOT = Path(__file__).parent.parent
@@ -16,3 +19,36 @@ def test_the_speed_table_is_rendered_from_its_records():
     command = [sys.executable, "benchmarks/attention_speed.py", "--render", "docs/attention_speed.jsonl"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert printed.strip() == (ROOT / "docs" / "attention_speed.md").read_text().strip()
+
+
+def read_lines(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / "docs" / name).read_text().splitlines()]
+
+
+def test_the_goals_quoted_in_the_documentation_are_those_of_the_records():
+    _, *rows = read_lines("attention_speed.jsonl")
+
+    def found(model: str, length: int, name: str) -> dict:
+        return next(r for r in rows if (r["model"], r["length"], r["name"]) == (model, length, name))
+
+    def ratio(model: str, length: int, rival: str = "SDPA cuDNN BF16") -> str:
+        times = [found(model, length, name)["ms"]["whole both"][1] for name in (rival, "hf_geoscale FP8")]
+        return f"{times[0] / times[1]:.2f}"
+
+    ours = found("Llama-3-8B", 16384, "hf_geoscale FP8")
+    speeds = [
+        f"{share * ours['forward_flops'] / ours['ms'][basis][1] / 1e9:.0f}"
+        for share, basis in ((1, "kernel forward"), (2.5, "kernel backward"))
+    ]
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    table = text[text.index("| goal | wanted | measured |") :].split("\n\n")[0]
+    quoted = [re.match(r"[\d.]+", line.split("|")[3].strip())[0] for line in table.splitlines()[2:]]
+    ratios = [ratio(m, n) for m in ("Llama-3-8B", "Llama-3.2-1B") for n in (16384, 4096)]
+    assert quoted == [*ratios, ratio("Llama-3-8B", 16384, "cuDNN FP8"), *speeds]
+    assert f"but {ratio('Llama-3-8B', 16384, 'cuDNN FP8, idle window')} against" in table
+
+
+@pytest.mark.parametrize("name", ["transients", "transients_loading"])
+def test_the_transients_are_rendered_from_their_records(name):
+    host, *records = read_lines(f"{name}.jsonl")
+    assert to_markdown(host, records).strip() == (ROOT / "docs" / f"{name}.md").read_text().strip()

@@ -148,6 +148,7 @@ def forward_kernel(
     CONSUMERS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
+    gl.static_assert(CONSUMERS == 3, "one partition a warpgroup stands below")
     i_head, start_row, start, stop = block_of_rows(
         p_range, n_heads, n_queries, n_keys, window, BN, CONSUMERS, CAUSAL, WINDOW, RANGES
     )
@@ -159,24 +160,13 @@ def forward_kernel(
     scalars, strides = (window, softmax_scale, n_heads, n_kv_heads), (out_b, out_h, out_l)
     pointers = (p_q_quant_scale, p_k_quant_scale, p_v_quant_scale, p_range, p_out, p_shift, p_row_sum)
     context = (tiles, barriers, place, span, scalars, pointers, strides)
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (multiply_tiles, (context, 0, D, DP, BN, STAGES, CAUSAL, WINDOW, RANGES)),
-                (multiply_tiles, (context, 1, D, DP, BN, STAGES, CAUSAL, WINDOW, RANGES)),
-                (load_tiles, (descriptors, tiles, barriers, place, span, D, BN, STAGES, CONSUMERS)),
-            ],
-            [4, 1],
-            [REGISTERS, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (multiply_tiles, (context, 0, D, DP, BN, STAGES, CAUSAL, WINDOW, RANGES)),
-                (multiply_tiles, (context, 1, D, DP, BN, STAGES, CAUSAL, WINDOW, RANGES)),
-                (multiply_tiles, (context, 2, D, DP, BN, STAGES, CAUSAL, WINDOW, RANGES)),
-                (load_tiles, (descriptors, tiles, barriers, place, span, D, BN, STAGES, CONSUMERS)),
-            ],
-            [4, 4, 1],
-            [REGISTERS, REGISTERS, 24],
-        )
+    gl.warp_specialize(
+        [
+            (multiply_tiles, (context, 0, D, DP, BN, STAGES, CAUSAL, WINDOW, RANGES)),
+            (multiply_tiles, (context, 1, D, DP, BN, STAGES, CAUSAL, WINDOW, RANGES)),
+            (multiply_tiles, (context, 2, D, DP, BN, STAGES, CAUSAL, WINDOW, RANGES)),
+            (load_tiles, (descriptors, tiles, barriers, place, span, D, BN, STAGES, CONSUMERS)),
+        ],
+        [4, 4, 1],
+        [REGISTERS, REGISTERS, 24],
+    )

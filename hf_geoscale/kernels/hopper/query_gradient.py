@@ -158,6 +158,7 @@ def query_gradient_kernel(
     REGISTERS: gl.constexpr,
 ):
     gl.static_assert(GROUP % ROWS == 0, "the rows of a tile must share a group's scales")
+    gl.static_assert(CONSUMERS == 3, "one partition a warpgroup stands below")
     i_head, start_row, start, stop = block_of_rows(
         p_range, n_heads, n_queries, n_keys, window, BN, CONSUMERS, CAUSAL, WINDOW, RANGES
     )
@@ -174,24 +175,13 @@ def query_gradient_kernel(
         p_q_quant_scale, p_k_quant_scale, p_v_quant_scale, p_range, p_shift, p_row_factor, p_row_delta, p_group, p_dq,
     )  # fmt: skip
     context = (tiles, barriers, place, span, scalars, pointers, strides)
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (multiply_tiles, (context, 0, GROUP, D, DP, BN, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
-                (multiply_tiles, (context, 1, GROUP, D, DP, BN, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
-                (load_tiles, (descriptors, tiles, barriers, place, span, D, BN, STAGES, CONSUMERS, MIX)),
-            ],
-            [4, 1],
-            [REGISTERS, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (multiply_tiles, (context, 0, GROUP, D, DP, BN, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
-                (multiply_tiles, (context, 1, GROUP, D, DP, BN, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
-                (multiply_tiles, (context, 2, GROUP, D, DP, BN, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
-                (load_tiles, (descriptors, tiles, barriers, place, span, D, BN, STAGES, CONSUMERS, MIX)),
-            ],
-            [4, 4, 1],
-            [REGISTERS, REGISTERS, 24],
-        )
+    gl.warp_specialize(
+        [
+            (multiply_tiles, (context, 0, GROUP, D, DP, BN, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
+            (multiply_tiles, (context, 1, GROUP, D, DP, BN, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
+            (multiply_tiles, (context, 2, GROUP, D, DP, BN, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
+            (load_tiles, (descriptors, tiles, barriers, place, span, D, BN, STAGES, CONSUMERS, MIX)),
+        ],
+        [4, 4, 1],
+        [REGISTERS, REGISTERS, 24],
+    )
