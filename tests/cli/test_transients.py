@@ -71,6 +71,16 @@ def test_a_history_made_under_other_weights_overflows(played):
     assert total(records, "stress16", "current") == 0
 
 
+def test_a_resumed_run_has_forgotten_its_history(played):
+    """Delayed scaling starts at 1 again, and this model's small values leave nearly all of the range unused."""
+    _, records, _ = played
+    mine = [r for r in records if (r["scenario"], r["strategy"], r["seed"]) == ("resume", "delayed, max of 1024", 0)]
+    last_before = [r for r in mine if not r["event"]][-1]
+    first_after = next(r for r in mine if r["event"])
+    assert last_before["utilisation"] > 0.5
+    assert first_after["utilisation"] < 0.1
+
+
 def test_a_spike_changes_nothing_before_it(played):
     """Both spikes draw the same data: their first steps, the spike's first loss included, are the same."""
     _, records, _ = played

@@ -71,6 +71,9 @@ def test_quantised_logits_are_counted_before_they_saturate():
         counts, rel=2e-2
     )  # a few logits lie within round-off of the limit
     torch.testing.assert_close(mine.range_used["logit"], theirs.range_used["logit"], rtol=1e-2, atol=0)
+    once = mine.overflows_by_operand["logit"]
+    run(leaves, {**options, "statistics": mine})
+    assert mine.overflows_by_operand["logit"] == 2 * once
 
 
 @pytest.mark.parametrize("case", ["causal", "window", "padding", "high precision", "dropout", "dim 80"])
