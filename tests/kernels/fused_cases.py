@@ -7,7 +7,7 @@ from torch import Tensor
 from hf_geoscale import fp8_attention
 from hf_geoscale.kernels.backend import triton_missing
 
-from ..tolerances import FUSED_ERROR, MATRIX_UNIT_ERROR
+from ..tolerances import FUSED_ERROR, matrix_unit_error
 from .test_reference import draw, scales
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -103,7 +103,7 @@ def agree(mine: list[Tensor], theirs: list[Tensor], typical_logit: float = 0.0) 
     always granted as norm.
     """
     floor = 2.0**-6 * float(theirs[3].float().norm())
-    allowed = FUSED_ERROR + (MATRIX_UNIT_ERROR * typical_logit if DEVICE.type == "cuda" else 0)
+    allowed = FUSED_ERROR + (matrix_unit_error(theirs[0].shape[-1]) * typical_logit if DEVICE.type == "cuda" else 0)
     return all(
         a.dtype == b.dtype and float((a.float() - b.float()).norm()) <= allowed * max(float(b.float().norm()), floor)
         for a, b in zip(mine, theirs, strict=True)
