@@ -14,6 +14,7 @@ Wikipedia is above `--max-perplexity` is refused: one wrongly converted answers 
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import subprocess
@@ -51,8 +52,8 @@ items' own differences (paired). Agreement: items whose chosen answer is BF16's 
 perplexity: share of tokens). KL(BF16 ‖ mode), a scored token. "eager" is BF16 again by another implementation: its difference
 is rounding alone, and what of FP8's is no larger is not FP8's doing. Perplexity is of Wikipedia passages (BoolQ), a token;
 those of the gate gave {gate:.1f}. After fine-tuning every mode has weights of its own, trained in it on the same batches."""
-BATCH, LENGTH, LEARNING_RATE = 4, 128, 2e-5
-"""Fine-tuning: sequences a step, tokens a sequence, AdamW's constant rate (benchmarks/training.py's)."""
+BATCH, LEARNING_RATE = 4, 2e-5
+"""Fine-tuning: sequences a step, AdamW's constant rate (benchmarks/training.py's)."""
 
 
 def in_mode(model: PreTrainedModel, mode: str) -> PreTrainedModel:
@@ -69,7 +70,15 @@ def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def fine_tuned(model: PreTrainedModel, mode: str, ids: Tensor, steps: int, seed: int) -> tuple[PreTrainedModel, dict]:
-    """(a BF16 copy trained in its own mode, {"losses": of every step, nats a token, "overflows": of its FP8 calls})."""
+    """A BF16 copy trained in its own mode, and what is recorded of it.
+
+    Deterministic, so that runs of different tasks judge the same weights; `weights` is their SHA-256. On a GPU this needs
+    CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment.
+
+    Returns:
+        (model, {"losses": of every step, nats a token; "overflows": of its FP8 calls, None in BF16; "weights"}).
+    """
+    torch.use_deterministic_algorithms(True)
     trained = in_mode(copy.deepcopy(model), mode).train()
     optimizer = torch.optim.AdamW(trained.parameters(), lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(seed)
@@ -84,8 +93,17 @@ def fine_tuned(model: PreTrainedModel, mode: str, ids: Tensor, steps: int, seed:
         optimizer.zero_grad()
         losses.append(loss.item())
     overflows = count(trained, "overflows") if mode in FP8 else None
+    torch.use_deterministic_algorithms(False)
     plain = unpatch_model(trained).to(torch.bfloat16).eval()
-    return in_mode(plain, mode), {"losses": losses, "overflows": overflows}
+    return in_mode(plain, mode), {"losses": losses, "overflows": overflows, "weights": digest(plain)}
+
+
+def digest(model: PreTrainedModel) -> str:
+    """SHA-256 of all parameters in their order."""
+    found = hashlib.sha256()
+    for x in model.parameters():
+        found.update(x.detach().cpu().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def count(model: PreTrainedModel, name: str) -> int:
@@ -141,7 +159,7 @@ def environment(arguments: argparse.Namespace) -> dict:
         "finetune": {
             "steps": arguments.finetune,
             "batch": BATCH,
-            "length": LENGTH,
+            "length": arguments.length,
             "learning_rate": LEARNING_RATE,
             "seed": arguments.seed,
             "text": Path(arguments.text).name if arguments.text else "Python's manual",
@@ -166,7 +184,9 @@ def measure(arguments: argparse.Namespace, wanted: dict[str, int | None], data: 
     if arguments.finetune:
         del models, plain
         text = read_text(arguments.text)
-        ids = token_blocks(tokenizer, text, LENGTH, len(tokenizer(text, verbose=False).input_ids) // LENGTH)
+        ids = token_blocks(
+            tokenizer, text, arguments.length, len(tokenizer(text, verbose=False).input_ids) // arguments.length
+        )
         models = {}
         for mode in modes:
             models[mode], training = fine_tuned(model, mode, ids, arguments.finetune, arguments.seed)
@@ -174,6 +194,28 @@ def measure(arguments: argparse.Namespace, wanted: dict[str, int | None], data: 
             print(f"training {mode}: loss {training['losses'][0]:.4f} → {training['losses'][-1]:.4f}", flush=True)
         rows += evaluate(models, questions, arguments.batch_tokens, "after")
     return rows
+
+
+def merge(runs: list[list[dict]]) -> list[dict]:
+    """Runs of different tasks, which ran side by side to save time, as if they had been one.
+
+    Raises:
+        ValueError: they differ in more than their tasks, trained weights included, or a task is in two of them.
+    """
+    first, *others = runs
+    common = [row for row in first if "weights" in row or "versions" in row]
+    names: set[str] = set()
+    for run in runs:
+        tasks = {row["task"] for row in run if "task" in row}
+        if [row for row in run if "weights" in row or "versions" in row] != common:
+            raise ValueError("the runs differ in model, settings, versions or trained weights")
+        if tasks & names:
+            raise ValueError(f"more than one run of {', '.join(sorted(tasks & names))}")
+        names |= tasks
+    order = {name: i for i, name in enumerate(SUITES)}
+    counts = [row for run in runs for row in run if "fallback_calls" in row]
+    results = sorted((row for run in runs for row in run if "task" in row), key=lambda row: order[row["task"]])
+    return [*common, *results, *counts] if others else first
 
 
 def verdict(row: dict) -> tuple[str, str]:
@@ -257,6 +299,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=[*UNPATCHED, *FP8], choices=[*UNPATCHED, *FP8])
     parser.add_argument("--shots", type=int, default=0, choices=range(6), help="few-shot examples of MMLU")
     parser.add_argument("--finetune", type=int, default=0, metavar="STEPS", help="0 leaves fine-tuning out")
+    parser.add_argument("--length", type=int, default=128, help="of fine-tuning, tokens a sequence")
     parser.add_argument("--text", help="file to fine-tune on; default: the English manual that ships with Python")
     parser.add_argument("--seed", type=int, default=0, help="of fine-tuning's order of data")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -265,7 +308,12 @@ def main() -> None:
         "--max-perplexity", type=float, default=30.0, help="on Wikipedia; above it the model is refused"
     )
     parser.add_argument("--output", type=Path, help="path without suffix for .jsonl and .md; default: print only")
-    parser.add_argument("--render", type=Path, help="make the table from an earlier .jsonl instead of measuring")
+    parser.add_argument(
+        "--render",
+        type=Path,
+        nargs="+",
+        help="make the table from earlier runs' .jsonl, each of other tasks, instead of measuring",
+    )
     arguments = parser.parse_args()
     if bool(arguments.model) == bool(arguments.render):
         parser.error("give a model or --render, one of the two")
@@ -275,7 +323,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if arguments.render:
-        rows = [json.loads(line) for line in arguments.render.read_text(encoding="utf-8").splitlines()]
+        runs = [list(map(json.loads, x.read_text(encoding="utf-8").splitlines())) for x in arguments.render]
+        rows = merge(runs)
     else:
         rows = measure(arguments, wanted, data)
     page = to_markdown(rows)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -41,30 +42,34 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 def log_probabilities(
     model: PreTrainedModel,
     ids: Tensor,  # (B, L)
-    wanted: list[slice],  # B slices of positions
-) -> list[Tensor]:
-    """log p(next token) at the wanted positions of every row: B tensors (n_b, vocabulary), float32."""
-    kept = torch.tensor(sorted({i for row in wanted for i in range(row.start, row.stop)}), device=ids.device)
+    rows: Tensor,  # (n,)
+    positions: Tensor,  # (n,)
+) -> Tensor:
+    """log p(next token) after position `positions[i]` of row `rows[i]`: (n, vocabulary), float32."""
+    kept, indices = positions.unique(return_inverse=True)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
-    bounds = [torch.searchsorted(kept, torch.tensor([row.start, row.stop], device=ids.device)) for row in wanted]
-    return [logits[b, start:stop].float().log_softmax(-1) for b, (start, stop) in enumerate(bounds)]
+    return logits[rows, indices].float().log_softmax(-1)
 
 
 def compare(
     reference: Tensor,  # (n, vocabulary), log-probabilities
     ours: Tensor,  # the same
-    continuations: Sequence[tuple[int, ...]],  # of n tokens each
+    continuations: Sequence[Sequence[int]],
+    starts: Sequence[int],  # row of each continuation's first token; continuations may share rows
 ) -> list[Score]:
-    """Scores of continuations that share one input: they differ in their last token, or not at all."""
+    """Scores of continuations, from one transfer off the device."""
+    counts = [len(x) for x in continuations]
+    rows = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
+    index, target = torch.tensor([rows, [token for x in continuations for token in x]], device=ours.device)
     choice = ours.argmax(-1)
-    kl = float((reference.exp() * (reference - ours)).sum(dtype=torch.float64))
-    agreed = int((choice == reference.argmax(-1)).sum())
-    scores = []
-    for continuation in continuations:
-        target = torch.tensor(continuation, device=ours.device)
-        likelihood = float(ours.gather(-1, target[:, None]).sum(dtype=torch.float64))
-        scores.append(Score(likelihood, bool((choice == target).all()), kl, agreed, len(continuation)))
-    return scores
+    kl = (reference.exp() * (reference - ours)).sum(-1, dtype=torch.float64)
+    per_token = (ours[index, target], choice[index] == target, kl[index], (choice == reference.argmax(-1))[index])
+    first = np.cumsum([0, *counts[:-1]])
+    sums = np.add.reduceat(torch.stack([x.double() for x in per_token]).cpu().numpy(), first, axis=1)
+    return [
+        Score(likelihood, greedy == count, total, int(agreed), count)
+        for (likelihood, greedy, total, agreed), count in zip(sums.T.tolist(), counts, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -95,18 +100,22 @@ def score(
     result: dict[str, list[Score | None]] = {name: [None] * len(requests) for name in models}
     device = next(iter(models.values())).device
     for batch in batches([len(inputs) for (inputs, _), _ in groups], batch_tokens):
-        rows = [groups[i] for i in batch]
-        ids = torch.zeros(len(rows), len(rows[0][0][0]), dtype=torch.long)  # the longest is first
-        for b, ((inputs, _), _) in enumerate(rows):
-            ids[b, : len(inputs)] = torch.tensor(inputs)
-        wanted = [slice(len(inputs) - count, len(inputs)) for (inputs, count), _ in rows]
-        reference: list[Tensor] = []
+        ids = torch.zeros(len(batch), len(groups[batch[0]][0][0]), dtype=torch.long)  # the longest is first
+        scored: list[tuple[int, int]] = []  # (row, position) of every token to predict
+        chosen, starts = [], []  # requests of the batch, and where their tokens begin in `scored`
+        for row, ((inputs, count), indices) in enumerate(groups[i] for i in batch):
+            ids[row, : len(inputs)] = torch.tensor(inputs)
+            chosen += indices
+            starts += [len(scored)] * len(indices)
+            scored += [(row, position) for position in range(len(inputs) - count, len(inputs))]
+        rows, positions = torch.tensor(scored, device=device).unbind(1)
+        reference = None
         for name, model in models.items():
-            ours = log_probabilities(model, ids.to(device), wanted)
-            reference = reference or ours
-            for theirs, mine, (_, indices) in zip(reference, ours, rows, strict=True):
-                for index, one in zip(indices, compare(theirs, mine, [requests[i][1] for i in indices]), strict=True):
-                    result[name][index] = one
+            ours = log_probabilities(model, ids.to(device), rows, positions)
+            reference = ours if reference is None else reference
+            found = compare(reference, ours, [requests[i][1] for i in chosen], starts)
+            for index, one in zip(chosen, found, strict=True):
+                result[name][index] = one
     return result  # type: ignore[return-value]  # every group was in a batch
 
 

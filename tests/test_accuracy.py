@@ -91,7 +91,7 @@ def test_batches_hold_every_input_once_and_keep_to_the_tokens():
 def test_kl_and_first_choices_by_hand():
     reference = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).log()
     ours = torch.tensor([[0.3, 0.5, 0.2], [0.2, 0.2, 0.6]]).log()
-    one, two = compare(reference, ours, [(1, 2), (1, 0)])
+    one, two = compare(reference, ours, [(1, 2), (1, 0)], [0, 0])
     kl = 0.2 * math.log(0.5 / 0.3) + 2 * 0.1 * math.log(0.1 / 0.2) + 0.8 * math.log(0.8 / 0.6)
     assert one.kl == pytest.approx(kl)
     assert (one.agreed, one.greedy, two.greedy, one.tokens) == (1, True, False, 2)
@@ -177,7 +177,7 @@ def test_modes_share_weights_and_nothing_else():
 def test_modes_are_fine_tuned_on_the_same_batches():
     model = tiny_model("llama")
     start = copy.deepcopy(model.state_dict())
-    ids = torch.randint(3, 96, (20, accuracy.LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 96, (20, 128), generator=torch.Generator().manual_seed(0))
     modes = ("bf16", "bf16", "operands")
     (plain, losses), (_, again), (_, fp8) = (accuracy.fine_tuned(model, mode, ids, 3, seed=5) for mode in modes)
     assert losses == again
@@ -207,6 +207,24 @@ def test_the_table_is_made_from_json_lines(tmp_path, capsys, monkeypatch):
     assert "Of 2 comparisons" in printed
     assert "A subset of the items" in printed
     assert "After 7 AdamW steps" in printed
+
+
+def test_runs_of_different_tasks_are_merged_and_others_refused():
+    def run(task, weights="a"):
+        pair = {"bf16": [item(), item(0.0)], "operands": [item(), item(0.0)]}
+        calls = {"phase": "before", "mode": "operands", "overflows": 1, "fallback_calls": 0}
+        training = {"phase": "training", "mode": "bf16", "losses": [1.0], "overflows": None, "weights": weights}
+        return [HOST, *({"phase": "before", **row} for row in summarise(task, 2, pair)), calls, training]
+
+    merged = accuracy.merge([run("piqa"), run("lambada")])
+    assert [row["task"] for row in merged if "task" in row] == ["lambada", "lambada", "piqa", "piqa"]
+    assert sum(row["overflows"] for row in merged if "fallback_calls" in row) == 2
+    assert len([row for row in merged if "weights" in row]) == 1
+    assert accuracy.merge([run("piqa")]) == run("piqa")
+    with pytest.raises(ValueError, match="trained weights"):
+        accuracy.merge([run("piqa"), run("lambada", weights="b")])
+    with pytest.raises(ValueError, match="more than one run of piqa"):
+        accuracy.merge([run("piqa"), run("piqa")])
 
 
 def test_the_published_table_is_made_from_its_records():
