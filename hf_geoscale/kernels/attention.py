@@ -90,6 +90,7 @@ def _fused(
         key_range = key_range.to(device=device, dtype=torch.int32).contiguous()
     observe = statistics is not None and statistics.observe_logits
     operands = [x.bfloat16() if x.dtype == torch.float32 else x for x in (query, key, value)]
+    scales = [x if x is None else x.to(device).contiguous() for x in scales]  # kernels read them as plain arrays
     out, shift, row_sum, *_, amax, overflow, logit_max = fused.attention_forward(
         *operands, *scales[:3], key_range, dropout_seed, statistics.gradient_counter(device) if observe else None, scales[3],
         softmax_scale, visibility.causal, visibility.window or 0, dropout_p, incoherent, precision == "high",

@@ -111,6 +111,14 @@ class TestOp:
             with torch.no_grad():
                 leaves[2].mul_(0.5)
 
+    def test_scales_of_any_stride(self):
+        """One scale expanded to all heads is a single number in memory: read as an array it would end there."""
+        leaves, options = operands({"rows": 48})
+        names = [name for name in options if name.endswith("quant_scale")]
+        even = options | {name: torch.full_like(options[name], float(options[name].amin())) for name in names}
+        expanded = even | {name: even[name][0].clone().expand(len(even[name])) for name in names}
+        assert all(torch.equal(a, b) for a, b in zip(run(leaves, even), run(leaves, expanded), strict=True))
+
     @pytest.mark.parametrize(("kv_heads", "share"), [(1, 0.72), (4, 0.65)], ids=["4:1", "multi-head"])
     @pytest.mark.parametrize("dim", [64, 128])
     def test_memory_kept_for_the_backward(self, kv_heads, share, dim):
