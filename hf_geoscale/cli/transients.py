@@ -10,6 +10,7 @@ stress4, stress16   weights of all query and key projections multiplied under an
 
 import copy
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import AutoAlpha, Delayed, GeoScaleConfig
+from ..errors import NonFiniteWeightsError
 from ..integrations import geoscale_layers, patch_model, unpatch_model
 from .loading import load, read_text, token_blocks
 from .transients_report import SPIKE_STEPS, write_report
@@ -97,7 +99,10 @@ class Run:
     def train(self, factor: float = 1.0) -> dict[str, Any]:
         """One optimizer step at `factor` times the learning rate, on sequences drawn by the seed."""
         rows = torch.randint(len(self.ids), (self.settings.batch_size,), generator=self.generator)
-        loss = self.model(input_ids=self.ids[rows], labels=self.ids[rows], use_cache=False).loss
+        try:
+            loss = self.model(input_ids=self.ids[rows], labels=self.ids[rows], use_cache=False).loss
+        except NonFiniteWeightsError:  # an earlier step diverged
+            return self.record(math.nan)
         loss.backward()
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * factor

@@ -94,7 +94,7 @@ def plot(records: list[dict], path: Path) -> None:
     axes[0][0].set_ylabel("loss, nats per token")
     axes[1][0].set_ylabel("values beyond E4M3")
     handles, labels = axes[0][-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(scenarios), fontsize=8)
     figure.savefig(path, dpi=140)
 
 

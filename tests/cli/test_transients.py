@@ -4,10 +4,18 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from hf_geoscale.cli import app
-from hf_geoscale.cli.transients import SCENARIOS, STRATEGIES, TRAINED, Settings, multiply_queries_and_keys
+from hf_geoscale.cli.transients import (
+    SCENARIOS,
+    STRATEGIES,
+    TRAINED,
+    Settings,
+    multiply_queries_and_keys,
+    run_transients,
+)
 from hf_geoscale.cli.transients_report import to_markdown
 from hf_geoscale.integrations.families import attention_sites
 
@@ -126,3 +134,11 @@ def test_an_unknown_scenario_ends_the_command_with_its_name(tiny_folder, tmp_pat
     result = runner.invoke(app, ["transients", str(tiny_folder), "--output", str(tmp_path), "--scenario", "earthquake"])
     assert result.exit_code == 1
     assert "earthquake" in result.output
+
+
+def test_a_run_that_diverges_is_recorded_to_its_end(tiny_folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    settings = Settings(str(tiny_folder), None, ("spike10",), ("geometry",), 1, 9, 16, learning_rate=1e37)
+    records = run_transients(settings, tmp_path, Console())
+    assert [record["finite"] for record in records][:2] == [True, False]
+    assert len(records) == 9
