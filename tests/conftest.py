@@ -1,6 +1,7 @@
 """Shared options, tiny models and the real one."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 if not torch.cuda.is_available():  # before any kernel is imported: run them in Triton's interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -21,6 +24,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from .feature_matrix import Recorder
 
 VOCABULARY = 96
 SHAPE = {
@@ -88,13 +93,47 @@ def family(request) -> str:
 
 def pytest_addoption(parser):
     parser.addoption("--smollm2", help="folder of SmolLM2-135M-Instruct (make model)")
+    parser.addoption("--device", default="cpu", help="cpu, or cuda to build every model and tensor there")
+    parser.addoption("--features", type=Path, help="JSON lines to record the features that tests prove in")
+
+
+def pytest_configure(config):
+    path = config.getoption("--features")
+    if path and not hasattr(config, "workerinput"):  # workers report to the process that started them
+        config.pluginmanager.register(Recorder(path, config.getoption("--device")))
 
 
 def pytest_collection_modifyitems(config, items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        elif "cpu" in item.keywords and config.getoption("--device") != "cpu":
+            item.add_marker(pytest.mark.skip(reason="is about the CPU"))
+        for marker in item.iter_markers("feature"):
+            item.user_properties.append(("feature", (marker.args[0], marker.kwargs.get("refused", False))))
+
+
+class _OnDevice(TorchFunctionMode):
+    """New tensors and modules go to the device, those of a CPU generator by way of the CPU."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device, self.constructors = torch.device(device), _device_constructors()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function not in self.constructors or kwargs.get("device") is not None:
+            return function(*args, **kwargs)
+        if kwargs.get("generator") is not None:
+            return function(*args, **kwargs).to(self.device)
+        return function(*args, **kwargs, device=self.device)
+
+
+@pytest.fixture(autouse=True)
+def on_device(request):
+    device = request.config.getoption("--device")
+    with _OnDevice(device) if device != "cpu" else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")
