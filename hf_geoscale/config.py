@@ -78,13 +78,13 @@ class GeoScaleConfig:
         headroom: factor ≥ 1 that scales leave above the certificates, for weights that move between refreshes.
             Costs next to nothing in accuracy up to 64 (docs/model_error.md).
         incoherent: mix q and k by a Hadamard matrix before quantising; halves their error.
-        precision: "high" keeps k as two FP8 terms (one more QKᵀ product, about a third of the error).
+        precision: "high" keeps k as two FP8 terms (one more QKᵀ product, 0.5 to 0.6 of the KL divergence).
         backend: "triton", the fused kernels (NVIDIA GPUs from compute capability 8.9; elsewhere the first forward raises);
             "reference", plain PyTorch on any device; "auto", the first where it can run.
         fallback: what to do with a call FP8 attention cannot honour: None raises, "sdpa" runs it there, counted.
         observe_logits: record the largest |logit| per head (costs a pass over the logits), for `alpha_observed`; with "triton"
             also count overflows of the logit gradients, which their bound excludes.
-        failure_prob: δ of the rank-aware bound in `geometry_report`, a probability.
+        failure_prob: δ of the rank-aware bound, a probability.
         max_length: L of the rank-aware bound, tokens; None takes the model's maximum.
     """
 

@@ -6,11 +6,26 @@ from statistics import mean
 SPIKE_STEPS = 3
 """Steps before a learning-rate spike, and of the spike itself."""
 
+CONTROL = "resume"
+"""Its steps before the restart are training in which nothing sudden happens."""
+
+MEANING = {
+    "fresh": "the pretrained weights, from the first forward after patching on",
+    "resume": "fine-tuning, patched anew halfway: weights and optimizer as they were, nothing of what FP8 remembered",
+    "spike10": f"fine-tuning; the learning rate is 10 × higher for {SPIKE_STEPS} steps",
+    "spike100": f"fine-tuning; the learning rate is 100 × higher for {SPIKE_STEPS} steps",
+    "other": "a history made under freshly initialised weights, then the pretrained ones are loaded into the same model",
+    "stress4": "a history made under the pretrained weights, then those of all q and k projections are multiplied by 4",
+    "stress16": "the same by 16",
+    "nothing": f"fine-tuning before the restart of `{CONTROL}`, from step {SPIKE_STEPS + 1} on: no sudden change",
+}
+
 COLUMNS = (
     "strategy",
     "runs",
     "overflows of q, k, v",
     "of logits",
+    "of all, a step",
     "steps with overflows",
     "utilisation of q, k, v",
     "of logits",
@@ -24,17 +39,17 @@ def _spread(values: list[int]) -> str:
     return f"{min(values):,}" if min(values) == max(values) else f"{min(values):,} – {max(values):,}"
 
 
-def _row(strategy: str, runs: list[list[dict]]) -> str:
-    """One strategy of one scenario, from the sudden change on."""
-    after = [[record for record in run if record["event"]] for run in runs]
+def _row(strategy: str, after: list[list[dict]]) -> str:
+    """One strategy of one scenario: its runs, from the sudden change on."""
     operands = [sum(record["overflows"].get(x, 0) for record in run for x in "qkv") for run in after]
     logits = [sum(record["overflows"].get("logit", 0) for record in run) for run in after]
     steps = [sum(any(record["overflows"].values()) for record in run) for run in after]
     quantised = any(record["overflows"] for run in after for record in run)
     used = max(record["utilisation"] for run in after for record in run)
     logits_used = max(record["logit_utilisation"] for run in after for record in run)
-    cells = [strategy, str(len(runs))]
-    cells += [_spread(operands), _spread(logits), _spread(steps)] if quantised else ["–"] * 3
+    a_step = mean((x + y) / len(run) for x, y, run in zip(operands, logits, after, strict=True))
+    cells = [strategy, str(len(after))]
+    cells += [_spread(operands), _spread(logits), f"{a_step:,.0f}", _spread(steps)] if quantised else ["–"] * 4
     cells += [f"{used:.3g}", f"{logits_used:.3g}"] if quantised else ["–"] * 2
     cells.append(f"{mean(run[-1]['loss'] for run in after):.3f}")
     cells.append(_spread([sum(not record["finite"] for record in run) for run in after]))
@@ -51,9 +66,17 @@ def to_markdown(host: dict, records: list[dict]) -> str:
         "The rank-aware bound is our reconstruction of arXiv 2602.18851.",
         "",
     ]
-    for scenario in dict.fromkeys(record["scenario"] for record in records):
-        lines += [f"**{scenario}**", "", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-        mine = [record for record in records if record["scenario"] == scenario]
+    played = {x: [r for r in records if r["scenario"] == x and r["event"]] for x in host["scenarios"]}
+    if CONTROL in played:  # too few steps leave none, and then there is no such table
+        before = (r for r in records if r["scenario"] == CONTROL and not r["event"])
+        played["nothing"] = [record for record in before if record["step"] > SPIKE_STEPS]
+    for scenario, mine in ((scenario, mine) for scenario, mine in played.items() if mine):
+        lines += [
+            f"**{scenario}**: {MEANING[scenario]}.",
+            "",
+            f"| {' | '.join(COLUMNS)} |",
+            "|" + "---|" * len(COLUMNS),
+        ]
         for strategy in dict.fromkeys(record["strategy"] for record in mine):
             seeds = dict.fromkeys(record["seed"] for record in mine)
             runs = [[r for r in mine if r["strategy"] == strategy and r["seed"] == seed] for seed in seeds]

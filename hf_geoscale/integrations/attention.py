@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import UnsupportedAttentionError, UnsupportedModelError
 from ..kernels import AttentionStatistics, Visibility, fp8_attention
+from ..kernels.attention import kernel_operand
 from ..kernels.hadamard import hadamard
 from ..scaling import QuantScales
 from .layer import GeoScaleLayer
@@ -62,7 +63,7 @@ class _Call:
     key: Tensor  # (B, Hkv, L, D)
     value: Tensor  # (B, Hkv, L, D)
     incoherent: bool
-    attend: Any  # fp8_attention without scales
+    attend: partial  # fp8_attention without scales
 
     @property
     def device(self) -> torch.device:
@@ -74,8 +75,9 @@ class _Call:
 
     @torch.no_grad()
     def amax(self) -> dict[str, Tensor]:
-        mixed = [hadamard(x) if self.incoherent else x for x in (self.query, self.key)]
-        return {name: x.abs().amax(dim=(0, 2, 3)).float() for name, x in zip("qkv", (*mixed, self.value), strict=True)}
+        q, k, v = (kernel_operand(x, self.attend.keywords["backend"]) for x in (self.query, self.key, self.value))
+        operands = {"q": hadamard(q), "k": hadamard(k), "v": v} if self.incoherent else {"q": q, "k": k, "v": v}
+        return {name: x.abs().amax(dim=(0, 2, 3)).float() for name, x in operands.items()}
 
     @torch.no_grad()
     def logit_amax(self, scales: QuantScales) -> Tensor:

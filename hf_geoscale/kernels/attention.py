@@ -87,10 +87,10 @@ def _fused(
         dropout_seed = torch.full((), (dropout_seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
     key_range = visibility.key_range
     if key_range is not None:
-        key_range = key_range.to(device=device, dtype=torch.int32).contiguous()
+        key_range = key_range.to(device).clamp(0, key.shape[2]).to(torch.int32).contiguous()
     observe = statistics is not None and statistics.observe_logits
-    operands = [x.bfloat16() if x.dtype == torch.float32 else x for x in (query, key, value)]
-    scales = [x if x is None else x.to(device).contiguous() for x in scales]  # kernels read them as plain arrays
+    operands = [kernel_operand(x, "triton") for x in (query, key, value)]
+    scales = [x if x is None else x.to(device) for x in scales]
     out, shift, row_sum, *_, amax, overflow, logit_max = fused.attention_forward(
         *operands, *scales[:3], key_range, dropout_seed, statistics.gradient_counter(device) if observe else None, scales[3],
         softmax_scale, visibility.causal, visibility.window or 0, dropout_p, incoherent, precision == "high",
@@ -98,7 +98,7 @@ def _fused(
     )  # fmt: skip
     if statistics is not None:
         heads, kv_heads = query.shape[1], key.shape[1]
-        statistics.add_cast_overflow(overflow[:3] if scales[3] is None else overflow)
+        statistics.add_cast_overflow(overflow)
         for name, used in zip("qkv", (amax / E4M3.max).split((heads, kv_heads, kv_heads)), strict=True):
             statistics.add_range(name, used)
         if scales[3] is not None:
@@ -108,23 +108,33 @@ def _fused(
     return out.to(query.dtype), fused.lse(shift, row_sum) if return_lse else None
 
 
+def kernel_operand(x: Tensor, backend: str) -> Tensor:
+    """x as the backend reads it before it quantises: the fused kernels take float32 as bfloat16."""
+    fused = resolve_backend(backend, x.device) == "triton"
+    return x.bfloat16() if fused and x.dtype == torch.float32 else x
+
+
 def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, length, head_dim), got shape {tuple(x.shape)}")
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"{name} is on {x.device}, query on {query.device}; they must share one device")
     batch, heads, _, dim = query.shape
     if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != dim:
         raise ValueError(
             "key and value must share one shape (B, Hkv, Lk, D) with query's B and D, got "
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
-    if heads % key.shape[1]:
+    if not heads or not key.shape[1] or heads % key.shape[1]:
         raise ValueError(f"query heads must be a multiple of key/value heads, got {heads} and {key.shape[1]}")
     check_head_dim(dim)
-    if not query.shape[2] or not key.shape[2]:
-        raise ValueError(f"sequences must not be empty, got {query.shape[2]} query rows and {key.shape[2]} keys")
+    if not batch or not query.shape[2] or not key.shape[2]:
+        raise ValueError(
+            f"batches and sequences must not be empty, got {batch} sequences of {query.shape[2]} query rows and {key.shape[2]} keys"
+        )
 
 
 def check_head_dim(dim: int) -> None:
@@ -201,6 +211,8 @@ def fp8_attention(
         raise ValueError(
             f"key_range must be (B, Lq, 2) = {(query.shape[0], query.shape[2], 2)}, got {tuple(key_range.shape)}"
         )
+    if key_range is not None and (key_range.is_floating_point() or key_range.dtype == torch.bool):
+        raise TypeError(f"key_range must hold integers, got {key_range.dtype}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if precision not in ("standard", "high"):

@@ -123,7 +123,7 @@ def forward_kernel(
     p_shift,  # (B, Hq, Lq): row maximum of the base-2 logits, less 8
     p_row_sum,  # (B, Hq, Lq): Σ P̃
     p_logit_max,  # (Hq,)
-    p_overflow,  # (4,) int32, with COUNT
+    p_overflow,  # (4,) int64, with COUNT
     out_b,
     out_h,
     out_l,
@@ -201,4 +201,4 @@ def forward_kernel(
     if COUNT:
         over = tl.sum(tl.where(valid, logits_over, 0))
         if over > 0:
-            tl.atomic_add(p_overflow + 3, over)
+            tl.atomic_add(p_overflow + 3, over.to(tl.int64))

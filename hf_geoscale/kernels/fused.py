@@ -34,7 +34,8 @@ def _call(
     dropout_seed: Tensor | None, softmax_scale: float, causal: bool, window: int, dropout_p: float, incoherent: bool, high: bool,
     dim: int,
 ) -> Call:  # fmt: skip
-    q_quant_scale, k_quant_scale, v_quant_scale = scales
+    q_quant_scale, k_quant_scale, v_quant_scale = (x.contiguous() for x in scales)  # kernels read them as plain arrays
+    logit_quant_scale = None if logit_quant_scale is None else logit_quant_scale.contiguous()
     mix = hadamard_block(dim) if incoherent else 0
     signs = hadamard_signs(min(padded_head_dim(dim), SIGNS_MAX), mix, q_quant_scale.device) if mix else None
     return Call(
@@ -68,15 +69,15 @@ def _attention_forward(
     Returns:
         out (B, Hq, Lq, D) in query's dtype; shift and row_sum (B, Hq, Lq) float32: row maximum of the base-2 logits less 8, and
         Σ P̃; q8, k8 (B, H, L, D), k8's residual (empty unless `high`), v8 (B, Hkv, D, Lp); v_norm (B, Hkv), the largest 2-norm of a
-        row of v8; amax (Hq + 2·Hkv,) and overflow (4,) int32 of the casts of q, k, v and logits (empty unless `count`); logit_max
+        row of v8; amax (Hq + 2·Hkv,) and overflow (4,) int64 of the casts of q, k, v and logits (empty unless `count`); logit_max
         (Hq,) in natural units, before rounding (empty unless `observe` or with a logit_quant_scale).
     """
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
     device, e4m3 = query.device, torch.float8_e4m3fn
-    scales = (q_quant_scale, k_quant_scale, v_quant_scale)
     call = _call(
-        scales, logit_quant_scale, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, incoherent, high, dim
+        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, softmax_scale, causal,
+        min(window, n_keys), dropout_p, incoherent, high, dim,
     )  # fmt: skip
     padded = _padded(n_keys)
     q8 = torch.empty(query.shape, dtype=e4m3, device=device)
@@ -85,12 +86,12 @@ def _attention_forward(
     v8 = torch.empty(batch, kv_heads, dim, padded, dtype=e4m3, device=device)
     v_norm = torch.zeros(batch, kv_heads, device=device)
     amax = torch.zeros(heads + 2 * kv_heads, device=device) if count else torch.empty(0, device=device)
-    overflow = torch.zeros(4, dtype=torch.int32, device=device) if count else amax.to(torch.int32)
+    overflow = torch.zeros(4 if count else 0, dtype=torch.int64, device=device)
     observe = observe or logit_quant_scale is not None
     logit_max = torch.zeros(heads, device=device) if observe else torch.empty(0, device=device)
     grid = (batch * (heads + 2 * kv_heads), triton.cdiv(max(n_queries, padded), QUANTIZE_ROWS))
     quantize_kernel[grid](
-        query, key, value, *scales, call.signs, q8, k8, residual, v8, v_norm, amax, overflow, *query.stride(), *key.stride(),
+        query, key, value, *call.scales, call.signs, q8, k8, residual, v8, v_norm, amax, overflow, *query.stride(), *key.stride(),
         *value.stride(), batch, heads, kv_heads, n_queries, n_keys, padded, D=dim, DP=call.padded_dim, MIX=call.mix, HIGH=high,
         COUNT=count, BLOCK=QUANTIZE_ROWS,
     )  # fmt: skip
@@ -122,7 +123,7 @@ def _fake_forward(
         key.new_empty(batch, kv_heads, dim, padded, dtype=e4m3),
         key.new_empty(batch, kv_heads, dtype=torch.float32),
         query.new_empty(heads + 2 * kv_heads if count else 0, dtype=torch.float32),
-        query.new_empty(4 if count else 0, dtype=torch.int32),
+        query.new_empty(4 if count else 0, dtype=torch.int64),
         query.new_empty(heads if observe or logit_quant_scale is not None else 0, dtype=torch.float32),
     )
 
@@ -157,9 +158,9 @@ def _attention_backward(
     batch, heads, n_queries, dim = q8.shape
     kv_heads, n_keys = k8.shape[1:3]
     device, high, survival = q8.device, residual.numel() > 0, 1 - dropout_p
-    scales = (q_quant_scale, k_quant_scale, v_quant_scale)
     call = _call(
-        scales, logit_quant_scale, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, incoherent, high, dim
+        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, softmax_scale, causal,
+        min(window, n_keys), dropout_p, incoherent, high, dim,
     )  # fmt: skip
     padded_dim, n_groups = call.padded_dim, triton.cdiv(n_queries, GRADIENT_ROWS)
 
@@ -176,7 +177,7 @@ def _attention_backward(
     group_delta, group_shift = torch.empty(2, batch, heads, padded, device=device)
     group = torch.empty(batch, heads, n_groups, 4, device=device)
     quantize_gradient_kernel[batch * heads, padded // QUANTIZE_ROWS](
-        grad_out, out, shift, row_sum, gradient_range, v_norm, q_quant_scale, v_quant_scale, grad8, grad8_columns, row_factor,
+        grad_out, out, shift, row_sum, gradient_range, v_norm, call.scales[0], call.scales[2], grad8, grad8_columns, row_factor,
         row_delta, group_delta, group_shift, group, *grad_out.stride(), *out.stride(), heads, kv_heads, n_queries, padded, n_groups,
         softmax_scale, survival, GRADIENT_ROWS, dim, padded_dim, QUANTIZE_ROWS,
     )  # fmt: skip

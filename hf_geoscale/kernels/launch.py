@@ -85,7 +85,7 @@ def forward(
     shift: Tensor,  # (B, Hq, Lq)
     row_sum: Tensor,  # (B, Hq, Lq)
     logit_max: Tensor,  # (Hq,), or empty
-    overflow: Tensor,  # (4,) int32, or empty
+    overflow: Tensor,  # (4,) int64, or empty
 ) -> None:
     """O into out, the row statistics, and the overflows of quantised logits added to overflow[3]."""
     batch, heads, n_queries, _ = q8.shape

@@ -87,7 +87,7 @@ def quantize_block(
         tl.atomic_max(p_amax + head, tl.max(tl.abs(x)))
         over = tl.sum(tl.where(tl.abs(x) <= E4M3_MAX, 0, 1))
         if over > 0:
-            tl.atomic_add(p_overflow, over)
+            tl.atomic_add(p_overflow, over.to(tl.int64))
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def quantize_kernel(
     p_v8,  # (B, Hkv, D, Lp): columns
     p_v_norm,  # (B, Hkv): largest 2-norm of a row of v8
     p_amax,  # (Hq + 2·Hkv,): largest |x·quant_scale|
-    p_overflow,  # (4,) int32: of q, k, v, and room for the logits'
+    p_overflow,  # (4,) int64: of q, k, v, and room for the logits'
     q_b,
     q_h,
     q_l,

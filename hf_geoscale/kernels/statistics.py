@@ -36,9 +36,9 @@ class AttentionStatistics:
         self._overflow[operand] = count if old is None else old.to(count.device) + count
 
     def add_cast_overflow(self, counts: Tensor) -> None:
-        """Add to the counts of q, k, v and, if there are four, logits: what a fused forward counts, in one launch."""
+        """Add to the counts of q, k, v and logits, (4,) int64: what a fused forward counts, in one launch."""
         old = self._cast_overflow
-        self._cast_overflow = counts.long() if old is None else old.to(counts.device) + counts
+        self._cast_overflow = counts if old is None else old.to(counts.device) + counts
 
     def add_range(self, operand: str, used: Tensor) -> None:
         self.latest[operand] = used
@@ -54,7 +54,7 @@ class AttentionStatistics:
         """Values beyond ±448 before the cast of each operand, as numbers; waits for the device."""
         counts = {operand: int(count) for operand, count in self._overflow.items()}
         if self._cast_overflow is not None:
-            for operand, count in zip(("q", "k", "v", "logit"), self._cast_overflow.tolist(), strict=False):
+            for operand, count in zip(("q", "k", "v", "logit"), self._cast_overflow.tolist(), strict=True):
                 counts[operand] = counts.get(operand, 0) + count
         if self._gradient_overflow is not None:
             counts["logit gradient"] = counts.get("logit gradient", 0) + int(self._gradient_overflow)

@@ -9,8 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_geoscale import GeoScaleConfig, UnsupportedModelError, geometry_report, patch_model
 from hf_geoscale.config import AutoAlpha, Delayed
 from hf_geoscale.integrations import geoscale_layers, load_scaling_state_dict, scaling_state_dict
+from hf_geoscale.kernels.backend import triton_missing
 
 from ..conftest import SHAPE, tiny_model, tokens
+from ..kernels.fused_cases import DEVICE
 from ..tolerances import E4M3_STEP
 
 CONFIGS = {
@@ -196,3 +198,16 @@ class TestAdversarialBatch:
 def test_rank_aware_needs_a_low_rank_interaction():
     with pytest.raises(UnsupportedModelError, match="normalises each head"):
         patch_model(tiny_model("qwen3"), quantize_logits=True, bound="rank_aware")
+
+
+@pytest.mark.skipif(
+    triton_missing(DEVICE) is not None, reason=f"the fused kernels cannot run: {triton_missing(DEVICE)}"
+)
+def test_current_scaling_loses_nothing_in_the_fused_kernels():
+    """They take float32 operands as bfloat16, which can round the largest one up."""
+    for seed in range(2):
+        model = tiny_model("llama", seed=seed, spread=0.3).to(DEVICE)
+        patch_model(model, scaling="current", backend="triton")
+        with torch.no_grad():
+            model(tokens(1, 16, seed=seed).to(DEVICE))
+        assert overflows(model) == {"q": 0, "k": 0, "v": 0, "logit": 0}

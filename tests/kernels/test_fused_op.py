@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_geoscale import fp8_attention
-from hf_geoscale.kernels import Visibility
+from hf_geoscale.kernels import AttentionStatistics, Visibility
 from hf_geoscale.kernels.backend import resolve_backend, triton_missing
 
 from ..tolerances import FUSED_ERROR, OUTPUT_ERROR
@@ -114,10 +114,32 @@ class TestOp:
     def test_scales_of_any_stride(self):
         """One scale expanded to all heads is a single number in memory: read as an array it would end there."""
         leaves, options = operands({"rows": 48})
-        names = [name for name in options if name.endswith("quant_scale")]
-        even = options | {name: torch.full_like(options[name], float(options[name].amin())) for name in names}
-        expanded = even | {name: even[name][0].clone().expand(len(even[name])) for name in names}
-        assert all(torch.equal(a, b) for a, b in zip(run(leaves, even), run(leaves, expanded), strict=True))
+        heads = {f"{name}_quant_scale": x.shape[1] for name, x in zip("qkv", leaves, strict=True)}
+        others = torch.full((8,), 3.0, device=DEVICE)  # what lies behind the one number
+        others[0] = options["q_quant_scale"].amin()
+        expanded = options | {name: others[:1].expand(count) for name, count in heads.items()}
+        copied = options | {
+            name: x.clone(memory_format=torch.contiguous_format) for name, x in expanded.items() if name in heads
+        }
+        assert all(torch.equal(a, b) for a, b in zip(run(leaves, copied), run(leaves, expanded), strict=True))
+
+    @pytest.mark.parametrize("limit", [2**31 - 1, 2**63 - 1])
+    def test_limits_that_limit_nothing(self, limit):
+        """Common spellings of "no window" and "to the end", which 32 bits do not hold."""
+        leaves, options = operands({"rows": 70})
+        plain = run(leaves, options)
+        key_range = torch.tensor([0, limit]).expand(leaves[0].shape[0], 70, 2).to(DEVICE)
+        for given in ({"window": limit}, {"key_range": key_range}):
+            assert all(torch.equal(a, b) for a, b in zip(run(leaves, options | given), plain, strict=True))
+
+    def test_one_statistics_with_and_without_quantised_logits(self):
+        leaves, options = operands({"rows": 48})
+        statistics = AttentionStatistics()
+        logit_scale = torch.full((leaves[0].shape[1],), 1e4, device=DEVICE)
+        for given in ({}, {"logit_quant_scale": logit_scale}, {}):
+            fp8_attention(*leaves, **options, **given, statistics=statistics, backend="triton")
+        assert statistics.overflows_by_operand["logit"] > 0
+        assert statistics.overflows_by_operand["q"] == 0
 
     @pytest.mark.parametrize(("kv_heads", "share"), [(1, 0.72), (4, 0.65)], ids=["4:1", "multi-head"])
     @pytest.mark.parametrize("dim", [64, 128])

@@ -362,7 +362,18 @@ def bad_calls():
     yield "dropout", (q, k, v), s, {"dropout_p": 1.0}, ValueError, r"\[0, 1\), got 1.0"
     yield "precision", (q, k, v), s, {"precision": "low"}, ValueError, "'low'"
     yield "softmax scale", (q, k, v), s, {"softmax_scale": 0.0}, ValueError, "softmax_scale must be positive, got 0.0"
+    yield (
+        "key range of floats",
+        (q, k, v),
+        s,
+        {"key_range": torch.zeros(2, 70, 2)},
+        TypeError,
+        "integers, got torch.float32",
+    )
     yield "empty", (q[:, :, :0], k, v), s, {}, ValueError, "0 query rows"
+    yield "no sequence", (q[:0], k[:0], v[:0]), s, {}, ValueError, "0 sequences"
+    yield "no heads", (q, k[:, :0], v[:, :0]), s, {}, ValueError, "multiple of key/value heads, got 4 and 0"
+    yield "devices", (q, k.to("meta"), v), s, {}, ValueError, "key is on meta, query on cpu"
 
 
 @pytest.mark.parametrize("call", list(bad_calls()), ids=lambda call: call[0])
