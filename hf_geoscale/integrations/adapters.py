@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..geometry import UNIT_ROUNDOFF
-from .weights import EffectiveWeight, TokenBound, class_path
+from .weights import EffectiveWeight, TokenBound, class_path, refuse_mixed_batch
 
 _LORA_LAYERS = {
     "peft.tuners.lora.layer.Linear",
@@ -17,12 +17,14 @@ _LORA_LAYERS = {
     "peft.tuners.lora.te.TeLinear",
 }
 
-_PER_CALL_HOOKS = {"_adapter_names_pre_forward_hook", "_alora_offsets_pre_forward_hook"}
-"""Hooks by which PEFT passes an argument of one forward to its layers."""
-
 ADAPTER_ROUNDING = 10 * UNIT_ROUNDOFF
 """Relative error of the base's and the adapter's outputs before they are added, where they may cancel: at most ten roundings
 (norm, gain, dropout, casts of A and B, both products, scaling, two sums), each relative to its own term."""
+
+
+MAGNITUDE_ROUNDING = 4 * UNIT_ROUNDOFF
+"""Error of DoRA's m over (‖W's row‖ + s·|B|‖A's rows‖)/‖the row's norm‖·|m|: at most seven roundings, each half a unit roundoff
+(casts of W, A and B, product, scaling, sum and norm together, division), the norm being 1-Lipschitz in the row."""
 
 
 class _Map(NamedTuple):
@@ -59,7 +61,8 @@ def with_adapters(module: Any, base: EffectiveWeight, where: str, token: TokenBo
     """
     if module.disable_adapters or module.merged:
         return base
-    _refuse_unknown(module, where)
+    refuse_mixed_batch(module, where)
+    _refuse_variants(module, where)
     zeros = torch.zeros(base.weight.shape[0], dtype=torch.float64, device=base.weight.device)
     fixed = _Map(
         base.weight.detach().double(),
@@ -74,13 +77,7 @@ def with_adapters(module: Any, base: EffectiveWeight, where: str, token: TokenBo
     return EffectiveWeight(*result) if names else base
 
 
-def _refuse_unknown(module: Any, where: str) -> None:
-    hooks = [getattr(h, "func", h) for h in module._forward_pre_hooks.values()]
-    if any(getattr(hook, "__name__", "") in _PER_CALL_HOOKS for hook in hooks):
-        raise UnsupportedModelError(
-            f"{where} runs several adapters in one batch (adapter_names), which one certificate cannot cover; "
-            "call the model once per adapter, or unpatch it"
-        )
+def _refuse_variants(module: Any, where: str) -> None:
     variants = [
         type(module.lora_variant[name]).__name__ for name in module.active_adapters if name in module.lora_variant
     ]
@@ -115,17 +112,20 @@ def _add_dora(module: Any, name: str, result: _Map, base: _Map, token: TokenBoun
     """DoRA adds (m−1)·(y − b) + m·s·BA x to the result y so far, m = magnitude / ‖rows of W + s·BA‖, W and b the base's.
 
     With dropout in training y − b becomes W D x, of the base alone (`DoraLinearVariant.forward`). The norm is never of dropped
-    weights. m is computed in the activations' dtype: its error is a rounding of each row's norm over that norm.
+    weights. m is computed in the activations' dtype, from terms that may cancel in the norm (`MAGNITUDE_ROUNDING`).
     """
     delta, path, lengths = _factors(module, name, token)
     norm = (base.weight + delta).norm(dim=-1)
     m = module.lora_magnitude_vector[name].weight.detach().to(norm.device).double() / norm
     dropout = module.lora_dropout[name]
     dropped = dropout_deviation(dropout)
-    size = token.reach(result.weight) + (1 + dropped) * (token.reach(base.weight) + path) + result.bias.abs()
-    error = m.abs() * (base.weight.norm(dim=-1) + lengths) / norm  # of m, in roundings
-    rounding = ADAPTER_ROUNDING * (1 + m.abs() + error) * size
-    if isinstance(dropout, nn.Identity) or not module.training:
+    undropped = isinstance(dropout, nn.Identity) or not module.training
+    so_far = token.reach(result.weight) + result.bias.abs()
+    scaled = so_far if undropped else (1 + dropped) * token.reach(base.weight)  # what m − 1 multiplies
+    path = (1 + dropped) * path
+    m_error = MAGNITUDE_ROUNDING * m.abs() * (base.weight.norm(dim=-1) + lengths) / norm
+    rounding = ADAPTER_ROUNDING * (so_far + (m - 1).abs() * scaled + m.abs() * path) + m_error * (scaled + path)
+    if undropped:
         weight = m[:, None] * (result.weight + delta)
         return _Map(weight, result.bias + (m - 1) * (result.bias - base.bias), m.abs() * result.excess + rounding)
     added = (m - 1)[:, None] * base.weight + m[:, None] * delta

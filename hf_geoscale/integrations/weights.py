@@ -33,6 +33,8 @@ HALF_STEP_BNB = 1 / 254
 STEP_TORCHAO = 1 / 127
 """A whole step instead of half: torchao's scale is itself rounded to the activation's dtype, and ±127.5 is clamped."""
 
+_MIXED_BATCH_HOOK = "_adapter_names_pre_forward_hook"
+
 _TORCHAO_WEIGHTS = {"Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor"}
 
 
@@ -86,10 +88,21 @@ def active_module(module: Any) -> Any:
     """The module that runs where PEFT keeps several (`modules_to_save`); any other module itself."""
     if class_path(module) != "peft.utils.other.ModulesToSaveWrapper":
         return module
+    refuse_mixed_batch(module, f"a module of modules_to_save ({type(module.original_module).__name__})")
     active = module.active_adapters
     if module.disable_adapters or not active or any(name not in module.modules_to_save for name in active):
         return module.original_module
     return module.modules_to_save[active[0]]
+
+
+def refuse_mixed_batch(module: Any, where: str) -> None:
+    """Raise UnsupportedModelError while PEFT runs several adapters in one batch; it passes them by hooks of one forward."""
+    hooks = [getattr(hook, "func", hook) for hook in module._forward_pre_hooks.values()]
+    if any(getattr(hook, "__name__", "") == _MIXED_BATCH_HOOK for hook in hooks):
+        raise UnsupportedModelError(
+            f"{where} runs several adapters in one batch (adapter_names), which one certificate cannot cover; "
+            "call the model once per adapter, or unpatch it"
+        )
 
 
 def effective_weight(
