@@ -78,6 +78,12 @@ def with_adapters(module: Any, base: EffectiveWeight, where: str, token: TokenBo
 
 
 def _refuse_variants(module: Any, where: str) -> None:
+    packed = getattr(getattr(module.get_base_layer().weight, "quant_state", None), "packing_format_for_cpu", False)
+    if packed and any(name in module.lora_variant for name in module.active_adapters):
+        raise UnsupportedModelError(
+            f"{where} runs DoRA on a 4-bit base that bitsandbytes packed for CPU inference, whose codes PEFT misreads; "
+            "evaluate it on a GPU, or use plain LoRA"
+        )
     variants = [
         type(module.lora_variant[name]).__name__ for name in module.active_adapters if name in module.lora_variant
     ]

@@ -4,6 +4,7 @@ Everything is resolved at each refresh, so wrapping, quantising or replacing a m
 packages are told by the name of their class; nothing is imported for them.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -185,14 +186,19 @@ def _dequantised_bitsandbytes(module: Any, where: str) -> Tensor:
             )
         return codes.double() * (row_amax.double() / 127).to(codes.device)[:, None]
     state = getattr(weight, "quant_state", None)
-    if type(weight).__name__ != "Params4bit" or state is None or getattr(state, "packing_format_for_cpu", False):
+    if type(weight).__name__ != "Params4bit" or state is None:
         raise UnsupportedModelError(
-            f"{where} is a {type(module).__name__} whose weight is not quantised yet or is packed for CPU inference; "
-            "patch the model on the device it runs on"
+            f"{where} is a {type(module).__name__} whose weight is not quantised yet; move the model to its device before patching"
         )
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes import functional
 
-    return dequantize_4bit(weight.data, state).detach()
+    codes = weight.data
+    if getattr(state, "packing_format_for_cpu", False):  # by its first evaluation on a CPU with AVX-512 BF16
+        absmax, state = state.absmax, copy.copy(state)
+        state.original_nested = False  # the packed scales are plain; quantising them again would change them
+        codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
+        state.absmax = absmax.T.reshape(-1).float()
+    return functional.dequantize_4bit(codes, state).detach()
 
 
 def _dequantised_torchao(weight: Any, where: str) -> Tensor:
