@@ -1,6 +1,6 @@
 """Spectral norms, certificates and the rank-aware bound; torch only."""
 
-from .certificates import Projection, entry_bound, logit_bound, norm_bound, operand_bound
+from .certificates import UNIT_ROUNDOFF, Projection, entry_bound, logit_bound, norm_bound, operand_bound
 from .layer import LayerGeometry, measure_interaction, measure_layer
 from .rank_aware import alpha_min, rank_aware_gain, typicality_gamma
 from .spectral import (
@@ -15,6 +15,7 @@ from .spectral import (
 )
 
 __all__ = [
+    "UNIT_ROUNDOFF",
     "LayerGeometry",
     "Projection",
     "alpha_min",

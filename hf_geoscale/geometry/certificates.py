@@ -25,6 +25,8 @@ ROUNDING_MARGIN = 16 * UNIT_ROUNDOFF
 class Projection:
     """One head-wise affine map y = rotary_factor · R(W(g∘u + β) + b), ‖u‖₂ ≤ √d, R any rotation.
 
+    Where the module computes more than its map (dropout of an adapter, activations cast to 8 bits), the output before R differs
+    by e, |e| ≤ excess entry by entry. Then ‖e‖₂ ≤ ‖excess‖₂, and by the triangle inequality every bound grows by that.
     A per-head q/k norm (Qwen3) is the case W = I, d = D: see `Projection.of_head_norm`.
     """
 
@@ -33,6 +35,7 @@ class Projection:
     norm_shift: Tensor | None = None  # (d,) β; None for RMSNorm
     bias: Tensor | None = None  # (H, D) b
     rotary_factor: float = 1.0  # attention factor of YaRN and its kin, multiplied into cos and sin
+    excess: Tensor | None = None  # (H, D) bound of |output − (W x + b)|; None: rounding to BF16 only
 
     @classmethod
     def of_head_norm(cls, gain: Tensor, heads: int, rotary_factor: float = 1.0) -> "Projection":
@@ -75,20 +78,27 @@ class Projection:
             error = error + 2 * self.bias.detach().double().abs()
         return error * (UNIT_ROUNDOFF * self.rotary_factor)
 
+    def deviation(self) -> Tensor:
+        """rotary_factor · excess, 0 where there is none: (H, D) float64."""
+        if self.excess is None:
+            return torch.zeros(self.weight.shape[:2], dtype=torch.float64, device=self.weight.device)
+        return self.excess.detach().double() * self.rotary_factor
+
 
 def norm_bound(
     projection: Projection,
     matrix: Tensor,  # (H, D, d) projection.matrix()
     sigma: Tensor,  # (H,) upper bound of σ(A)
 ) -> Tensor:
-    """Certificate N = (√d·σ(A) + ‖c‖₂ + rounding)·(1 + margin): no entry of the rotated output exceeds it. (H,) float64.
+    """Certificate N = (√d·σ(A) + ‖c‖₂ + rounding + ‖excess‖)·(1 + margin): (H,) float64. No entry of the rotated output exceeds it.
 
     `rounding` holds the BF16 errors that do not shrink when the vector does: casting W (unit roundoff · √d·‖A‖_F), and the
     shift and the bias where they cancel against each other or against W's rows (see `Projection.offset_rounding`).
     """
     root = math.sqrt(matrix.shape[-1])
     rounding = UNIT_ROUNDOFF * root * matrix.flatten(1).norm(dim=-1) + projection.offset_rounding().norm(dim=-1)
-    return (root * sigma + projection.offset().norm(dim=-1) + rounding) * (1 + ROUNDING_MARGIN)
+    beyond = projection.deviation().norm(dim=-1)
+    return (root * sigma + projection.offset().norm(dim=-1) + rounding + beyond) * (1 + ROUNDING_MARGIN)
 
 
 def operand_bound(projection: Projection) -> Tensor:
@@ -104,7 +114,7 @@ def entry_bound(projection: Projection) -> Tensor:
     """
     matrix = projection.matrix()
     rows = math.sqrt(matrix.shape[-1]) * matrix.norm(dim=-1) + projection.offset().abs()
-    return (rows + projection.offset_rounding()) * (1 + ROUNDING_MARGIN)
+    return (rows + projection.offset_rounding() + projection.deviation()) * (1 + ROUNDING_MARGIN)
 
 
 def logit_bound(

@@ -48,8 +48,11 @@ def weight_drift_budget(
 
     Moving every entry of W, g, β and b by at most m moves A by at most m·(√(D·d)·(max|g| + m) + σ(W)) and c by at most
     m·(√(D·d)·(‖β‖ + √d·m) + √d·σ(W) + √D). σ(W) ≤ ‖W‖_F. Solved with m ≤ 1, which any trained weight satisfies. The
-    rounding terms of the certificate move by at most four unit roundoffs of that, and the margin multiplies all.
+    rounding terms of the certificate move by at most four unit roundoffs of that, and the margin multiplies all. 0 with an
+    excess: adapters move W by products of weights, and what casts add moves too.
     """
+    if projection.excess is not None:
+        return bound.new_zeros(())
     weight = projection.weight.detach().double()
     _, dim, width = weight.shape
     gain = torch.ones((), dtype=torch.float64, device=weight.device)

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
 from ..geometry import Projection
 from ..kernels import check_head_dim
+from .versions import module_versions
+from .weights import EffectiveWeight, active_module, effective_weight
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,20 @@ class AttentionSite:
         """
         return FAMILIES[self.family].read(self)
 
+    def modules(self) -> list[nn.Module]:
+        """Norm and projections, adapters and wrappers included."""
+        return [self.input_norm, *(getattr(self.attention, name) for name in FAMILIES[self.family].modules)]
+
     def parameters(self) -> list[Tensor]:
-        """The tensors that the projections are read from."""
-        projections = self.projections()
-        tensors = (t for p in projections for t in (p.weight, p.bias, p.norm_gain, p.norm_shift) if t is not None)
-        return list({(t.data_ptr(), t.shape): t for t in tensors}.values())
+        """The unquantised parameters that decide the projections."""
+        parameters = (p for module in self.modules() for p in module.parameters())
+        return [p for p in parameters if p.is_floating_point() and not type(p).__module__.startswith("torchao.")]
 
     def version(self) -> tuple:
-        """Changes whenever a weight is replaced or written in place, and with every step of any torch optimizer.
+        """Changes with every write, replacement or change of adapters (see `module_versions`) and of mode, and with every step
+        of any torch optimizer (fused ones do not count as writes for torch).
 
-        (Fused optimizers do not count as writes for torch, hence the steps; writes through `.data` are invisible to both.)
+        In evaluation mode the weights' bits count too, so that writes through `.data` are seen.
         """
         return FAMILIES[self.family].version(self)
 
@@ -68,11 +73,8 @@ class Family:
     softmax_scale: Callable[[Any], float]
 
     def version(self, site: AttentionSite) -> tuple:
-        modules = [site.input_norm, *(getattr(site.attention, name) for name in self.modules)]
-        parameters = [p for module in modules for p in module.parameters()]
-        # An inference tensor counts no changes: a new object differs from every earlier version.
-        writes = [(p.data_ptr(), object() if p.is_inference() else p._version) for p in parameters]
-        return (_optimizer_steps, *writes)
+        training = site.attention.training
+        return (_optimizer_steps, training, *module_versions(site.modules(), contents=not training))
 
 
 _optimizer_steps = 0  # of any optimizer in this process
@@ -90,46 +92,28 @@ def _describe(site: AttentionSite, name: str) -> str:
     return f"layer {site.layer} of the {site.family} model: {name}"
 
 
-def _dense_weight(site: AttentionSite, name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a projection, once it is sure that they are the effective ones."""
-    module: Any = getattr(site.attention, name)
-    where = _describe(site, name)
-    if hasattr(module, "base_layer"):
-        raise UnsupportedModelError(
-            f"{where} is a {type(module).__name__} adapter, whose effective weight this release does not certify; "
-            "merge it first (model.merge_and_unload()) or unpatch the model"
-        )
-    if type(module) not in (nn.Linear, Conv1D):
-        raise UnsupportedModelError(
-            f"{where} is a {type(module).__name__}; only nn.Linear and Conv1D are sure to compute what their weight says"
-        )
-    weight = module.weight
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        raise UnsupportedModelError(
-            f"{where} holds {weight.dtype} weights; load the model in bfloat16, float16 or float32"
-        )
-    if hasattr(weight, "full_tensor") or weight.is_meta:
-        raise UnsupportedModelError(
-            f"{where} is sharded or on the meta device; patch the model where its weights are whole"
-        )
-    if type(weight) not in (nn.Parameter, Tensor):
-        raise UnsupportedModelError(
-            f"{where} keeps its weight as a {type(weight).__name__}, whose values we cannot read"
-        )
-    if tuple(weight.shape) != shape:
-        raise UnsupportedModelError(f"{where} must have a weight of shape {shape}, got {tuple(weight.shape)}")
-    return weight, getattr(module, "bias", None)
+def _weight(
+    site: AttentionSite, name: str, shape: tuple[int, int], gain: Tensor | None, shift: Tensor | None
+) -> EffectiveWeight:
+    """What a projection of the attention computes from tokens of a norm with this gain and shift."""
+    return effective_weight(getattr(site.attention, name), _describe(site, name), shape, gain, shift)
 
 
 def _norm(site: AttentionSite, norm: Any) -> tuple[Tensor | None, Tensor | None]:
     """Gain and shift of a norm layer whose output is bounded: (d,) each, or None where it has none."""
+    norm = active_module(norm)
     known = isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) or type(norm).__name__.endswith("RMSNorm")
-    if not known or getattr(norm, "offset", None):
+    of_engine = type(norm).__module__.startswith("transformer_engine.") and type(norm).__name__ in (
+        "LayerNorm",
+        "RMSNorm",
+    )
+    if not (known or of_engine) or getattr(norm, "offset", None):
         raise UnsupportedModelError(
             f"{_describe(site, type(norm).__name__)} is not a LayerNorm or RMSNorm whose gain we know; "
             "tokens after it have no norm bound"
         )
-    return norm.weight, getattr(norm, "bias", None)
+    gain = norm.weight + 1 if getattr(norm, "zero_centered_gamma", False) else norm.weight
+    return gain, getattr(norm, "bias", None)
 
 
 def _rotary_factor(site: AttentionSite) -> float:
@@ -144,10 +128,10 @@ def _split_projections(site: AttentionSite) -> tuple[Projection, Projection, Pro
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
     read = {}
     for name, count in heads.items():
-        weight, bias = _dense_weight(site, f"{name}_proj", (count * dim, config.hidden_size))
+        weight, bias, excess = _weight(site, f"{name}_proj", (count * dim, config.hidden_size), gain, shift)
         factor = 1.0 if name == "v" else rotary
-        bias = None if bias is None else bias.view(count, dim)
-        read[name] = Projection(weight.view(count, dim, -1), gain, shift, bias, factor)
+        bias, excess = (None if t is None else t.view(count, dim) for t in (bias, excess))
+        read[name] = Projection(weight.view(count, dim, -1), gain, shift, bias, factor, excess)
         head_norm = getattr(attention, f"{name}_norm", None)
         if head_norm is not None:
             head_gain, head_shift = _norm(site, head_norm)
@@ -163,12 +147,12 @@ def _fused_conv1d(site: AttentionSite) -> tuple[Projection, Projection, Projecti
     """GPT-2: one Conv1D c_attn, weight (d, 3d) with columns q | k | v, bias, LayerNorm with shift, no RoPE."""
     attention = site.attention
     heads, dim, width = attention.num_heads, attention.head_dim, attention.embed_dim
-    weight, bias = _dense_weight(site, "c_attn", (width, 3 * width))
     gain, shift = _norm(site, site.input_norm)
-    biases = [None] * 3 if bias is None else bias.view(3, heads, dim)
+    weight, *extra = _weight(site, "c_attn", (width, 3 * width), gain, shift)
+    biases, excesses = ([None] * 3 if t is None else t.view(3, heads, dim) for t in extra)
     q, k, v = (
-        Projection(w.T.reshape(heads, dim, width), gain, shift, b)
-        for w, b in zip(weight.split(width, dim=1), biases, strict=True)
+        Projection(w.T.reshape(heads, dim, width), gain, shift, b, excess=e)
+        for w, b, e in zip(weight.split(width, dim=1), biases, excesses, strict=True)
     )
     return q, k, v
 

@@ -72,10 +72,21 @@ def _attach(module: Any, layer: PatchedLayer, original: str) -> None:
     module.extra_repr = layer.describe
 
 
-def _own_config(model: PreTrainedModel) -> None:
+def _transformers_model(model: Any) -> PreTrainedModel:
+    """The model itself, or the one inside a PEFT model."""
+    base = model.get_base_model() if type(model).__module__.startswith("peft.") else model
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(
+            f"patch_model expects a PEFT model or a transformers PreTrainedModel, got {type(model).__name__}; "
+            "patch the base model before wrapping it"
+        )
+    return base
+
+
+def _own_config(outer: nn.Module, model: PreTrainedModel) -> None:
     """Give the model a config object of its own: the name of the attention lives there, and other models may share it."""
     shared, own = model.config, copy.deepcopy(model.config)
-    for module in model.modules():
+    for module in outer.modules():
         if getattr(module, "config", None) is shared:
             object.__setattr__(module, "config", own)
 
@@ -87,25 +98,22 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
     it. The model gets its own copy of its config. Parameters, buffers and checkpoints are untouched.
 
     Args:
-        model: a Llama, Mistral, Qwen2, Qwen3 or GPT-2 model, headless or with any head.
+        model: a Llama, Mistral, Qwen2, Qwen3 or GPT-2 model, headless or with any head, or a PEFT model of one. Wrapping it
+            with PEFT after patching works too.
         config: how to quantise; default `GeoScaleConfig()`.
         **overrides: fields of the config, e.g. `precision="high"`.
     Returns:
         The same model.
     Raises:
-        TypeError: not a transformers model, or an override that is no field of the config.
+        TypeError: not a transformers model or a PEFT model of one, or an override that is no field of the config.
         UnsupportedModelError: an unknown family or weights whose geometry cannot be read (see `fallback`).
         NonFiniteWeightsError: NaN or Inf in the weights; the model stays unpatched.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"patch_model expects a transformers PreTrainedModel, got {type(model).__name__}; "
-            "patch the base model before wrapping it"
-        )
+    outer, model = model, _transformers_model(model)
     config = replace(config or GeoScaleConfig(), **overrides)
     current = patched_layers(model)
     if current and all(layer.config == config for layer in current):
-        return model
+        return outer
     try:
         sites = list(attention_sites(model))
         alpha = None
@@ -123,12 +131,12 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
             raise
         unpatch_model(model)
         _count_unsupported(model, config, error)
-        return model
+        return outer
     unpatch_model(model)
     original = model.config._attn_implementation
     for layer, geometry, version in measured:
         layer.install(geometry, version)
-    _own_config(model)
+    _own_config(outer, model)
     for layer in layers:
         _attach(layer.site.attention, layer, original)
     model.set_attn_implementation(NAME)
@@ -137,7 +145,7 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
         raise UnsupportedModelError(
             f"{type(model).__name__} does not use transformers' attention interface; it cannot be patched"
         )
-    return model
+    return outer
 
 
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -152,7 +160,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
             layer.hook.remove()
         del module.geoscale, module.geoscale_replaced, module.extra_repr
     if original is not None:
-        model.set_attn_implementation(original)
+        _transformers_model(model).set_attn_implementation(original)
     return model
 
 

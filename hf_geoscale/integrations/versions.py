@@ -1,0 +1,69 @@
+"""Version of a module's effective weight: two calls that return the same have seen the same weights."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def module_versions(modules: Iterable[nn.Module], contents: bool) -> tuple:
+    """Changes when a parameter is written or replaced, a module is swapped, or an adapter is switched, merged, scaled or disabled.
+
+    Writes through `.data` (EMA copies, PEFT's merge) count for nobody; `contents` adds a checksum of the weights' bits, one
+    transfer from the device, that notices them. In training an optimizer's step follows such writes, or a change of mode.
+    """
+    found = [m for module in modules for m in module.modules()]
+    tensors = [t for m in found for p in m._parameters.values() if p is not None for t in stored(p)]
+    # An inference tensor counts no changes: a new object differs from every earlier version.
+    writes = [(t.data_ptr(), object() if t.is_inference() else t._version) for t in tensors]
+    return (*(_state(m) for m in found), *writes, checksum(tensors) if contents else None)
+
+
+def stored(parameter: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold a parameter's values: itself, or the parts of a tensor subclass and of bitsandbytes."""
+    if hasattr(parameter, "__tensor_flatten__"):
+        for name in parameter.__tensor_flatten__()[0]:
+            yield from stored(getattr(parameter, name))
+        return
+    yield parameter
+    for name in ("SCB", "CB"):  # 8-bit: scales and codes until the first forward
+        if isinstance(getattr(parameter, name, None), Tensor):
+            yield getattr(parameter, name)
+    absmax = getattr(getattr(parameter, "quant_state", None), "absmax", None)
+    if absmax is not None:
+        yield absmax
+
+
+def _state(module: Any) -> tuple:
+    """What decides a module's map besides tensors."""
+    state: tuple = (type(module).__qualname__,)
+    if isinstance(module, nn.Dropout):
+        return (*state, module.p, module.training)
+    if hasattr(module, "_disable_adapters"):  # PEFT's adapter layers and wrappers
+        names = module._active_adapter
+        scaling = getattr(module, "scaling", {})
+        state += (
+            module._disable_adapters,
+            names if isinstance(names, str) else tuple(names),
+            tuple(module.merged_adapters),
+            tuple(scaling.items()) if isinstance(scaling, dict) else scaling,
+            module.training,
+            len(module._forward_pre_hooks),
+        )
+    return state
+
+
+@torch.no_grad()
+def checksum(tensors: list[Tensor]) -> tuple[int, ...]:
+    """Sums of the bits of each tensor as integers; empty tensors and those on the meta device count as 0."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [
+        torch.zeros((), dtype=torch.int64)
+        if t.is_meta or not t.numel()
+        else t.detach().view(integers[t.element_size()]).sum(dtype=torch.int64)
+        for t in tensors
+    ]
+    if len({s.device for s in sums}) > 1:
+        sums = [s.cpu() for s in sums]
+    return tuple(torch.stack(sums).tolist()) if sums else ()
