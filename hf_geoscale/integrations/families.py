@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UnsupportedModelError
 from ..geometry import Projection
 from ..kernels import check_head_dim
+from . import readers
+from .norms import gain_and_shift
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class AttentionSite:
     family: str
     layer: int
     block: Any  # the decoder block that holds the norm and the attention
-    rotary: Any
+    rotary: tuple[Any, ...]  # the model's rotary embeddings
 
     @property
     def attention(self) -> Any:
@@ -29,6 +32,22 @@ class AttentionSite:
     @property
     def input_norm(self) -> Any:
         return getattr(self.block, FAMILIES[self.family].input_norm)
+
+    @property
+    def head_dim(self) -> int:
+        attention = self.attention
+        return attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
+
+    def describe(self, name: str) -> str:
+        return _describe(self, name)
+
+    def dense_weight(self, name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """Effective weight and bias of a projection of the attention. Raises UnsupportedModelError."""
+        return _dense_weight(self, name, shape)
+
+    def norm(self, norm: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Gain and shift of a norm layer, (d,) each or None. Raises UnsupportedModelError."""
+        return _norm(self, norm)
 
     @property
     def softmax_scale(self) -> float:
@@ -68,8 +87,8 @@ class Family:
     softmax_scale: Callable[[Any], float]
 
     def version(self, site: AttentionSite) -> tuple:
-        modules = [site.input_norm, *(getattr(site.attention, name) for name in self.modules)]
-        parameters = [p for module in modules for p in module.parameters()]
+        modules = [site.input_norm, *(getattr(site.attention, name, None) for name in self.modules)]
+        parameters = [p for module in modules if module is not None for p in module.parameters()]
         # An inference tensor counts no changes: a new object differs from every earlier version.
         writes = [(p.data_ptr(), object() if p.is_inference() else p._version) for p in parameters]
         return (_optimizer_steps, *writes)
@@ -123,54 +142,7 @@ def _dense_weight(site: AttentionSite, name: str, shape: tuple[int, int]) -> tup
 
 def _norm(site: AttentionSite, norm: Any) -> tuple[Tensor | None, Tensor | None]:
     """Gain and shift of a norm layer whose output is bounded: (d,) each, or None where it has none."""
-    known = isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) or type(norm).__name__.endswith("RMSNorm")
-    if not known or getattr(norm, "offset", None):
-        raise UnsupportedModelError(
-            f"{_describe(site, type(norm).__name__)} is not a LayerNorm or RMSNorm whose gain we know; "
-            "tokens after it have no norm bound"
-        )
-    return norm.weight, getattr(norm, "bias", None)
-
-
-def _rotary_factor(site: AttentionSite) -> float:
-    return float(getattr(site.rotary, "attention_scaling", 1.0))
-
-
-def _split_projections(site: AttentionSite) -> tuple[Projection, Projection, Projection]:
-    """Llama, Mistral, Qwen2 (biases) and Qwen3 (norms per head after q and k): separate q_proj, k_proj, v_proj."""
-    attention, config, rotary = site.attention, site.attention.config, _rotary_factor(site)
-    gain, shift = _norm(site, site.input_norm)
-    dim = attention.head_dim
-    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
-    read = {}
-    for name, count in heads.items():
-        weight, bias = _dense_weight(site, f"{name}_proj", (count * dim, config.hidden_size))
-        factor = 1.0 if name == "v" else rotary
-        bias = None if bias is None else bias.view(count, dim)
-        read[name] = Projection(weight.view(count, dim, -1), gain, shift, bias, factor)
-        head_norm = getattr(attention, f"{name}_norm", None)
-        if head_norm is not None:
-            head_gain, head_shift = _norm(site, head_norm)
-            if head_gain is None or tuple(head_gain.shape) != (dim,) or head_shift is not None:
-                raise UnsupportedModelError(
-                    f"{_describe(site, name + '_norm')} must be an RMSNorm of one head, gain of shape ({dim},) and no shift"
-                )
-            read[name] = Projection.of_head_norm(head_gain, count, rotary)
-    return read["q"], read["k"], read["v"]
-
-
-def _fused_conv1d(site: AttentionSite) -> tuple[Projection, Projection, Projection]:
-    """GPT-2: one Conv1D c_attn, weight (d, 3d) with columns q | k | v, bias, LayerNorm with shift, no RoPE."""
-    attention = site.attention
-    heads, dim, width = attention.num_heads, attention.head_dim, attention.embed_dim
-    weight, bias = _dense_weight(site, "c_attn", (width, 3 * width))
-    gain, shift = _norm(site, site.input_norm)
-    biases = [None] * 3 if bias is None else bias.view(3, heads, dim)
-    q, k, v = (
-        Projection(w.T.reshape(heads, dim, width), gain, shift, b)
-        for w, b in zip(weight.split(width, dim=1), biases, strict=True)
-    )
-    return q, k, v
+    return gain_and_shift(norm, _describe(site, type(norm).__name__))
 
 
 def _gpt2_softmax_scale(attention: Any) -> float:
@@ -179,23 +151,97 @@ def _gpt2_softmax_scale(attention: Any) -> float:
     return scale / (attention.layer_idx + 1) if attention.scale_attn_by_inverse_layer_idx else scale
 
 
-def _llama_like(attention_class: str, *extra_modules: str) -> Family:
+def _llama_like(attention_class: str, *extra_modules: str, input_norm: str = "input_layernorm", **layout) -> Family:
+    """self_attn with q_proj, k_proj and v_proj; `layout` is passed to `readers.separate`."""
     return Family(
         attention="self_attn",
-        input_norm="input_layernorm",
+        input_norm=input_norm,
         attention_class=attention_class,
-        read=_split_projections,
+        read=partial(readers.separate, **layout),
         modules=("q_proj", "k_proj", "v_proj", *extra_modules),
         softmax_scale=lambda attention: attention.scaling,
     )
 
 
+def _fused(attention: str, input_norm: str, attention_class: str, read: Callable[..., Any], *modules: str) -> Family:
+    return Family(attention, input_norm, attention_class, read, modules, lambda attention: attention.scaling)
+
+
+_QK_NORMS = ("q_norm", "k_norm")
+_QK_LAYERNORMS = ("q_layernorm", "k_layernorm")
+_QUERY_KEY_VALUE = partial(readers.fused_heads, name="query_key_value")
+_QKV_PROJ, _WQKV = (partial(readers.fused_blocks, name=name) for name in ("qkv_proj", "Wqkv"))
+_ROTATED_FIRST = ("query_layernorm", "key_layernorm")
+
 FAMILIES = {
+    "afmoe": _llama_like("AfmoeAttention", *_QK_NORMS),
+    "apertus": _llama_like("ApertusAttention", *_QK_NORMS, input_norm="attention_layernorm"),
+    "arcee": _llama_like("ArceeAttention"),
+    "aria_text": _llama_like("AriaTextAttention"),
+    "biogpt": _llama_like("BioGptAttention", input_norm="self_attn_layer_norm"),
+    "cohere": _llama_like("CohereAttention", *_QK_NORMS),
+    "cohere2": _llama_like("Cohere2Attention"),
+    "cohere2_moe": _llama_like("Cohere2MoeAttention"),
+    "cwm": _llama_like("CwmAttention"),
+    "dbrx": _fused("attn", "norm_1", "DbrxAttention", _WQKV, "Wqkv"),
+    "dots1": _llama_like("Dots1Attention", *_QK_NORMS),
+    "emu3": _llama_like("Emu3Attention"),
+    "emu3_text_model": _llama_like("Emu3Attention"),
+    "ernie4_5": _llama_like("Ernie4_5Attention"),
+    "ernie4_5_moe": _llama_like("Ernie4_5_MoeAttention"),
+    "exaone_moe": _llama_like("ExaoneMoeAttention", *_QK_NORMS),
+    "gemma": _llama_like("GemmaAttention"),
+    "gemma2": _llama_like("Gemma2Attention"),
+    "gemma3_text": _llama_like("Gemma3Attention", *_QK_NORMS),
+    "glm": _llama_like("GlmAttention"),
+    "glm4": _llama_like("Glm4Attention"),
+    "glm4_moe": _llama_like("Glm4MoeAttention", *_QK_NORMS),
+    "gpt2": Family("attn", "ln_1", "GPT2Attention", readers.fused_conv1d, ("c_attn",), _gpt2_softmax_scale),
+    "gpt_bigcode": _fused("attn", "ln_1", "GPTBigCodeAttention", readers.gpt_bigcode, "c_attn"),
+    "gpt_neox": _fused("attention", "input_layernorm", "GPTNeoXAttention", _QUERY_KEY_VALUE, "query_key_value"),
+    "granite": _llama_like("GraniteAttention"),
+    "granitemoe": _llama_like("GraniteMoeAttention"),
+    "granitemoeshared": _llama_like("GraniteMoeSharedAttention"),
+    "helium": _llama_like("HeliumAttention"),
+    "hrm_text": _llama_like("HrmTextAttention"),
+    "hunyuan_v1_dense": _llama_like(
+        "HunYuanDenseV1Attention", *_ROTATED_FIRST, qk_norms=_ROTATED_FIRST, rotated_first=True
+    ),
+    "hunyuan_v1_moe": _llama_like(
+        "HunYuanMoEV1Attention", *_ROTATED_FIRST, qk_norms=_ROTATED_FIRST, rotated_first=True
+    ),
+    "hy_v3": _llama_like("HYV3Attention", *_QK_NORMS),
+    "hyperclovax": _llama_like("HyperCLOVAXAttention"),
+    "jais2": _llama_like("Jais2Attention"),
+    "kolibri1": _llama_like("Kolibri1Attention", *_QK_NORMS),
+    "laguna": _llama_like("LagunaAttention", *_QK_NORMS),
     "llama": _llama_like("LlamaAttention"),
+    "mellum": _llama_like("MellumAttention", *_QK_NORMS),
+    "minimax_m2": _llama_like("MiniMaxM2Attention", *_QK_NORMS, scope="projection"),
+    "ministral": _llama_like("MinistralAttention"),
     "mistral": _llama_like("MistralAttention"),
+    "mixtral": _llama_like("MixtralAttention"),
+    "nanochat": _llama_like("NanoChatAttention", *_QK_NORMS, rotated_first=True),
+    "nemotron": _llama_like("NemotronAttention"),
+    "olmo": _llama_like("OlmoAttention"),
+    "olmoe": _llama_like("OlmoeAttention", *_QK_NORMS, scope="projection"),
+    "opt": _llama_like("OPTAttention", input_norm="self_attn_layer_norm", scaled_query=True),
+    "persimmon": _fused(
+        "self_attn", "input_layernorm", "PersimmonAttention", _QUERY_KEY_VALUE, "query_key_value", *_QK_LAYERNORMS
+    ),
+    "phi": _llama_like("PhiAttention", *_QK_LAYERNORMS, qk_norms=_QK_LAYERNORMS),
+    "phi3": _fused("self_attn", "input_layernorm", "Phi3Attention", _QKV_PROJ, "qkv_proj"),
+    "phimoe": _llama_like("PhimoeAttention"),
     "qwen2": _llama_like("Qwen2Attention"),
-    "qwen3": _llama_like("Qwen3Attention", "q_norm", "k_norm"),
-    "gpt2": Family("attn", "ln_1", "GPT2Attention", _fused_conv1d, ("c_attn",), _gpt2_softmax_scale),
+    "qwen2_moe": _llama_like("Qwen2MoeAttention"),
+    "qwen3": _llama_like("Qwen3Attention", *_QK_NORMS),
+    "qwen3_moe": _llama_like("Qwen3MoeAttention", *_QK_NORMS),
+    "seed_oss": _llama_like("SeedOssAttention"),
+    "smollm3": _llama_like("SmolLM3Attention"),
+    "solar_open": _llama_like("SolarOpenAttention"),
+    "stablelm": _llama_like("StableLmAttention", *_QK_LAYERNORMS, qk_norms=_QK_LAYERNORMS),
+    "starcoder2": _llama_like("Starcoder2Attention"),
+    "vaultgemma": _llama_like("VaultGemmaAttention"),
 }
 
 
@@ -217,7 +263,7 @@ def attention_sites(model: Any) -> Iterator[AttentionSite]:
         raise UnsupportedModelError(
             "cross-attention (config.add_cross_attention=True) is not supported: keys come from elsewhere"
         )
-    rotary = next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
+    rotary = tuple(m for name, m in model.named_modules() if name.rpartition(".")[2].startswith("rotary_emb"))
     blocks = [m for m in model.modules() if hasattr(m, family.attention) and hasattr(m, family.input_norm)]
     if not blocks:
         raise UnsupportedModelError(
@@ -232,7 +278,7 @@ def attention_sites(model: Any) -> Iterator[AttentionSite]:
                 "custom attention code may not call the attention interface"
             )
         try:
-            check_head_dim(site.attention.head_dim)
+            check_head_dim(site.head_dim)
         except ValueError as error:
             raise UnsupportedModelError(f"{_describe(site, family.attention)}: {error}") from error
         yield site

@@ -1,0 +1,44 @@
+"""Gain and shift of the norm layers whose output has a bounded norm, before them ‖u‖₂ ≤ √d."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+
+_ONE_PLUS_WEIGHT = frozenset(
+    ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "VaultGemmaRMSNorm", "NemotronLayerNorm1P")
+)
+"""Classes that multiply by 1 + weight (transformers 5.23, their `forward`)."""
+
+_LAYER_NORMS = frozenset(
+    (
+        "LayerNorm",
+        "CohereLayerNorm",
+        "Cohere2LayerNorm",
+        "Cohere2MoeLayerNorm",
+        "CohereCompassLayerNorm",
+        "OlmoLayerNorm",
+    )
+)
+
+
+def gain_and_shift(norm: Any, where: str) -> tuple[Tensor | None, Tensor | None]:
+    """Gain g and shift β of y = g∘u + β, ‖u‖₂ ≤ √d; None for a norm layer without one.
+
+    Classes are known by name along the MRO, since a wrapper (FSDP2) derives a class of its own from the layer's. A numeric
+    attribute `offset` (Liger-Kernel) is added to the weight.
+
+    Raises:
+        UnsupportedModelError: any other module; tokens after it have no norm bound.
+    """
+    names = {c.__name__ for c in type(norm).__mro__}
+    if not (isinstance(norm, nn.RMSNorm) or names & _LAYER_NORMS or any(name.endswith("RMSNorm") for name in names)):
+        raise UnsupportedModelError(
+            f"{where} is not a LayerNorm or RMSNorm whose gain we know; tokens after it have no norm bound"
+        )
+    gain, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    offset = 1.0 if names & _ONE_PLUS_WEIGHT else float(getattr(norm, "offset", None) or 0.0)
+    if gain is not None and offset:
+        gain = gain.detach().double() + offset
+    return gain, shift

@@ -1,0 +1,165 @@
+"""Readers: from the way a family stores its weights to the three affine maps of `geometry.Projection`.
+
+`rotary_factor` of a projection is any constant factor on its output, so OPT's scaled queries use it too.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+from ..geometry import Projection
+
+if TYPE_CHECKING:
+    from .families import AttentionSite
+
+Projections = tuple[Projection, Projection, Projection]
+Operand = tuple[Tensor, Tensor | None]  # weight (H, D, d), bias (H, D)
+
+
+def rotary_factor(rotary: Sequence[Any]) -> float:
+    """Largest factor that rotary embeddings put on a vector's norm.
+
+    1 for a rotation; YaRN and its kin multiply cos and sin by an attention factor (Phi-MoE by an `mscale` of its own), which
+    channels beyond a partial rotation and layers without positions do not see, hence at least 1.
+    """
+    factors = [1.0]
+    for module in rotary:
+        factors += [value for name, value in vars(module).items() if name.endswith("attention_scaling")]
+        rope = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+        factors += [rope[name] for name in ("short_mscale", "long_mscale") if rope.get(name) is not None]
+    return float(max(factors))
+
+
+def _head_counts(site: "AttentionSite") -> tuple[int, int]:
+    """Query and key/value heads."""
+    attention, config = site.attention, site.attention.config
+    heads = getattr(attention, "num_heads", config.num_attention_heads)
+    return heads, getattr(config, "num_key_value_heads", None) or heads
+
+
+def _operand(weight: Tensor, bias: Tensor | None, heads: int, dim: int) -> Operand:
+    return weight.reshape(heads, dim, -1), None if bias is None else bias.reshape(heads, dim)
+
+
+def _normalised(
+    site: "AttentionSite", name: str, operand: Operand, factor: float, scope: Literal["head", "projection"]
+) -> Projection:
+    """The map that ends a q/k norm; the projection before it does not matter.
+
+    Over one head ‖u‖₂ ≤ √D. Over the whole projection (OLMo 2) a head's slice of u has at most the norm of all H·D channels,
+    √(H·D) = √H·√D, so that the slice's own factor is √H·diag(γ of the slice); the factor goes with the rotary one.
+    """
+    norm, (heads, dim, _) = getattr(site.attention, name), operand[0].shape
+    parts = [site.norm(part) for part in getattr(norm, "norms", [norm])]  # StableLM: one LayerNorm a head
+    gains, shifts = [gain for gain, _ in parts], [shift for _, shift in parts if shift is not None]
+    if gains[0] is None:
+        gain = torch.ones(dim, dtype=torch.float64, device=operand[0].device)
+    else:
+        gain = torch.cat([g.detach().double().flatten() for g in gains if g is not None])
+    if gain.numel() not in ((heads * dim,) if scope == "projection" else (dim, heads * dim)):
+        raise UnsupportedModelError(
+            f"{site.describe(name)} must normalise one {scope}, with a gain of {dim} or {heads} x {dim} channels; "
+            f"it has {gain.numel()}"
+        )
+    gain = gain.view(-1, dim).expand(heads, dim)
+    bias = (
+        torch.cat([s.detach().double().flatten() for s in shifts]).view(-1, dim).expand(heads, dim) if shifts else None
+    )
+    if scope == "projection":
+        if bias is not None:
+            raise UnsupportedModelError(f"{site.describe(name)} has a shift, which a norm of a projection may not have")
+        factor *= math.sqrt(heads)
+    return Projection(torch.diag_embed(gain), bias=bias, rotary_factor=factor)
+
+
+def _projections(
+    site: "AttentionSite",
+    operands: Sequence[Operand],
+    qk_norms: tuple[str, str],
+    scope: Literal["head", "projection"] = "head",
+    rotated_first: bool = False,
+    query_factor: float = 1.0,
+) -> Projections:
+    """Put norm, rotation and q/k norms around the three weights.
+
+    Args:
+        qk_norms: attributes of the attention; used where they exist.
+        rotated_first: the q/k norm follows the rotation, whose factor it cancels.
+    """
+    gain, shift = site.norm(site.input_norm)
+    factor = rotary_factor(site.rotary)
+    read = []
+    for (weight, bias), name, times in zip(
+        operands, (*qk_norms, ""), (query_factor * factor, factor, 1.0), strict=True
+    ):
+        if name and getattr(site.attention, name, None) is not None:
+            times = 1.0 if rotated_first else times
+            read.append(_normalised(site, name, (weight, bias), times, scope))
+        else:
+            read.append(Projection(weight, gain, shift, bias, times))
+    return read[0], read[1], read[2]
+
+
+def separate(
+    site: "AttentionSite",
+    qk_norms: tuple[str, str] = ("q_norm", "k_norm"),
+    scope: Literal["head", "projection"] = "head",
+    rotated_first: bool = False,
+    scaled_query: bool = False,
+) -> Projections:
+    """q_proj, k_proj and v_proj, as in Llama; `scaled_query` for OPT, whose queries are scaled before the attention."""
+    dim, (heads, kv_heads) = site.head_dim, _head_counts(site)
+    width = site.attention.q_proj.in_features
+    operands = []
+    for name, count in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
+        operands.append(_operand(*site.dense_weight(name, (count * dim, width)), count, dim))
+    scale = float(site.attention.scaling) if scaled_query else 1.0
+    return _projections(site, operands, qk_norms, scope, rotated_first, scale)
+
+
+def fused_blocks(site: "AttentionSite", name: str) -> Projections:
+    """One weight, rows q | k | v (Phi-3, DBRX, GPT-BigCode with one key head)."""
+    weight_in = getattr(site.attention, name).in_features
+    dim, (heads, kv_heads) = site.head_dim, _head_counts(site)
+    if getattr(site.attention, "multi_query", False):
+        kv_heads = 1
+    counts = (heads, kv_heads, kv_heads)
+    weight, bias = site.dense_weight(name, (sum(counts) * dim, weight_in))
+    rows = [count * dim for count in counts]
+    biases = [None] * 3 if bias is None else bias.split(rows)
+    operands = [_operand(w, b, n, dim) for w, b, n in zip(weight.split(rows), biases, counts, strict=True)]
+    return _projections(site, operands, ("q_norm", "k_norm"))
+
+
+def fused_heads(
+    site: "AttentionSite", name: str, qk_norms: tuple[str, str] = ("q_layernorm", "k_layernorm")
+) -> Projections:
+    """One weight, rows q, k and v of the first head, then of the second… (GPT-NeoX, Persimmon)."""
+    heads, dim = site.attention.config.num_attention_heads, site.head_dim
+    weight, bias = site.dense_weight(name, (3 * heads * dim, getattr(site.attention, name).in_features))
+    weights = weight.view(heads, 3, dim, -1).unbind(1)
+    biases = [None] * 3 if bias is None else bias.view(heads, 3, dim).unbind(1)
+    return _projections(site, list(zip(weights, biases, strict=True)), qk_norms)
+
+
+def gpt_bigcode(site: "AttentionSite") -> Projections:
+    """c_attn of GPT-BigCode: blocks with one key head, else head by head."""
+    return fused_blocks(site, "c_attn") if site.attention.multi_query else fused_heads(site, "c_attn")
+
+
+def fused_conv1d(site: "AttentionSite") -> Projections:
+    """GPT-2: one Conv1D c_attn, weight (d, 3d) with columns q | k | v, bias, LayerNorm with shift, no RoPE."""
+    attention = site.attention
+    heads, dim, width = attention.num_heads, attention.head_dim, attention.embed_dim
+    weight, bias = site.dense_weight("c_attn", (width, 3 * width))
+    gain, shift = site.norm(site.input_norm)
+    biases = [None] * 3 if bias is None else bias.view(3, heads, dim)
+    q, k, v = (
+        Projection(w.T.reshape(heads, dim, width), gain, shift, b)
+        for w, b in zip(weight.split(width, dim=1), biases, strict=True)
+    )
+    return q, k, v
