@@ -37,12 +37,14 @@ SIZES = {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "d_ff"), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size"), 32),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads"), 4
+    ),
     **dict.fromkeys(("num_key_value_heads", "kv_n_heads"), 2),
     **dict.fromkeys(("head_dim", "kv_channels", "global_head_dim", "swa_head_dim"), 16),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"), 2),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"), 4),
     **dict.fromkeys(("n_group", "topk_group"), 1),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 16),
@@ -50,13 +52,21 @@ SIZES = {
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "mamba_head_dim"), 16),
     **{"vocab_size": 96, "mamba_n_heads": 8, "mamba_num_heads": 8, "first_k_dense_replace": 1},
 }
-"""Tiny values of the config fields that decide a model's size."""
+"""Tiny values of the config fields that decide a model's size. Every token visits every expert, so that no rounding flips a
+choice of experts, whose effect on the logits would hide the attention's."""
 
 OVERRIDES: dict[str, dict] = {
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
+    **{name: {"attention_multiplier": 0.25} for name in ("granite", "granitemoe", "granitemoeshared")},
+    **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron")},
     "gemma2": {"attn_logit_softcapping": None},
     "vaultgemma": {"attn_logit_softcapping": None},
 }
 """What a family needs beyond `SIZES`, or a setting under which it can be supported."""
+
+ASKED = {"softcap": "soft cap", "s_aux": "attention sinks", "position_bias": "position bias", "indices": "sparse keys"}
+"""Arguments of the attention interface that change the result, and what they mean."""
 
 
 @dataclass
@@ -112,16 +122,15 @@ def asked(model) -> str:
 
     def spy(module, query, key, value, attention_mask, **call):
         seen.add("calls it")
-        named = {"softcap": "soft cap", "s_aux": "attention sinks", "position_bias": "position bias", "indices": "sparse keys"}
-        seen.update(what for name, what in named.items() if call.get(name) is not None)
+        given = {name: call.pop(name, None) for name in ASKED}
+        seen.update(ASKED[name] for name, what in given.items() if what is not None)
         if value.shape[-1] != query.shape[-1]:
             seen.add(f"heads of v ({value.shape[-1]}) unlike q and k ({query.shape[-1]})")
         if query.shape[2] != key.shape[2]:
             seen.add("keys of another length")
         if not call.get("is_causal", getattr(module, "is_causal", True)):
             seen.add("not causal")
-        known = ("softcap", "s_aux", "position_bias", "indices")
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **{k: v for k, v in call.items() if k not in known})
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **call)
 
     AttentionInterface.register("spy", spy)
     AttentionMaskInterface.register("spy", sdpa_mask)

@@ -1,8 +1,7 @@
-"""How each model family stores the weights that make q, k and v."""
+"""The attention layers of a model, and the weights that make their q, k and v."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,8 +11,10 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UnsupportedModelError
 from ..geometry import Projection
 from ..kernels import check_head_dim
-from . import readers
+from .decoders import FAMILIES
 from .norms import gain_and_shift
+from .refusals import REFUSED
+from .residual import ResidualStream, residual_stream
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class AttentionSite:
     layer: int
     block: Any  # the decoder block that holds the norm and the attention
     rotary: tuple[Any, ...]  # the model's rotary embeddings
+    stream: ResidualStream | None = None  # what enters the attention where no norm layer precedes it
 
     @property
     def attention(self) -> Any:
@@ -64,31 +66,23 @@ class AttentionSite:
     def parameters(self) -> list[Tensor]:
         """The tensors that the projections are read from."""
         projections = self.projections()
-        tensors = (t for p in projections for t in (p.weight, p.bias, p.norm_gain, p.norm_shift) if t is not None)
+        tensors = [t for p in projections for t in (p.weight, p.bias, p.norm_gain, p.norm_shift) if t is not None]
+        # Gains may be derived (1 + weight, a bound of the residual stream): the parameters themselves, too.
+        tensors += [p for module in self.weight_modules() for p in module.parameters()]
         return list({(t.data_ptr(), t.shape): t for t in tensors}.values())
+
+    def weight_modules(self) -> list[Any]:
+        """Modules whose parameters decide the certificates."""
+        modules = [getattr(self.attention, name, None) for name in FAMILIES[self.family].modules]
+        before = [self.input_norm] if self.stream is None else self.stream.modules
+        return [*before, *(module for module in modules if module is not None)]
 
     def version(self) -> tuple:
         """Changes whenever a weight is replaced or written in place, and with every step of any torch optimizer.
 
         (Fused optimizers do not count as writes for torch, hence the steps; writes through `.data` are invisible to both.)
         """
-        return FAMILIES[self.family].version(self)
-
-
-@dataclass(frozen=True)
-class Family:
-    """One `config.model_type`."""
-
-    attention: str  # attribute of the block
-    input_norm: str
-    attention_class: str
-    read: Callable[[AttentionSite], tuple[Projection, Projection, Projection]]
-    modules: tuple[str, ...]  # of the attention, whose parameters decide the scales
-    softmax_scale: Callable[[Any], float]
-
-    def version(self, site: AttentionSite) -> tuple:
-        modules = [site.input_norm, *(getattr(site.attention, name, None) for name in self.modules)]
-        parameters = [p for module in modules if module is not None for p in module.parameters()]
+        parameters = [p for module in self.weight_modules() for p in module.parameters()]
         # An inference tensor counts no changes: a new object differs from every earlier version.
         writes = [(p.data_ptr(), object() if p.is_inference() else p._version) for p in parameters]
         return (_optimizer_steps, *writes)
@@ -145,106 +139,6 @@ def _norm(site: AttentionSite, norm: Any) -> tuple[Tensor | None, Tensor | None]
     return gain_and_shift(norm, _describe(site, type(norm).__name__))
 
 
-def _gpt2_softmax_scale(attention: Any) -> float:
-    """transformers 4.57 leaves `scaling` to the attention function (and sdpa there drops the per-layer factor)."""
-    scale = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0
-    return scale / (attention.layer_idx + 1) if attention.scale_attn_by_inverse_layer_idx else scale
-
-
-def _llama_like(attention_class: str, *extra_modules: str, input_norm: str = "input_layernorm", **layout) -> Family:
-    """self_attn with q_proj, k_proj and v_proj; `layout` is passed to `readers.separate`."""
-    return Family(
-        attention="self_attn",
-        input_norm=input_norm,
-        attention_class=attention_class,
-        read=partial(readers.separate, **layout),
-        modules=("q_proj", "k_proj", "v_proj", *extra_modules),
-        softmax_scale=lambda attention: attention.scaling,
-    )
-
-
-def _fused(attention: str, input_norm: str, attention_class: str, read: Callable[..., Any], *modules: str) -> Family:
-    return Family(attention, input_norm, attention_class, read, modules, lambda attention: attention.scaling)
-
-
-_QK_NORMS = ("q_norm", "k_norm")
-_QK_LAYERNORMS = ("q_layernorm", "k_layernorm")
-_QUERY_KEY_VALUE = partial(readers.fused_heads, name="query_key_value")
-_QKV_PROJ, _WQKV = (partial(readers.fused_blocks, name=name) for name in ("qkv_proj", "Wqkv"))
-_ROTATED_FIRST = ("query_layernorm", "key_layernorm")
-
-FAMILIES = {
-    "afmoe": _llama_like("AfmoeAttention", *_QK_NORMS),
-    "apertus": _llama_like("ApertusAttention", *_QK_NORMS, input_norm="attention_layernorm"),
-    "arcee": _llama_like("ArceeAttention"),
-    "aria_text": _llama_like("AriaTextAttention"),
-    "biogpt": _llama_like("BioGptAttention", input_norm="self_attn_layer_norm"),
-    "cohere": _llama_like("CohereAttention", *_QK_NORMS),
-    "cohere2": _llama_like("Cohere2Attention"),
-    "cohere2_moe": _llama_like("Cohere2MoeAttention"),
-    "cwm": _llama_like("CwmAttention"),
-    "dbrx": _fused("attn", "norm_1", "DbrxAttention", _WQKV, "Wqkv"),
-    "dots1": _llama_like("Dots1Attention", *_QK_NORMS),
-    "emu3": _llama_like("Emu3Attention"),
-    "emu3_text_model": _llama_like("Emu3Attention"),
-    "ernie4_5": _llama_like("Ernie4_5Attention"),
-    "ernie4_5_moe": _llama_like("Ernie4_5_MoeAttention"),
-    "exaone_moe": _llama_like("ExaoneMoeAttention", *_QK_NORMS),
-    "gemma": _llama_like("GemmaAttention"),
-    "gemma2": _llama_like("Gemma2Attention"),
-    "gemma3_text": _llama_like("Gemma3Attention", *_QK_NORMS),
-    "glm": _llama_like("GlmAttention"),
-    "glm4": _llama_like("Glm4Attention"),
-    "glm4_moe": _llama_like("Glm4MoeAttention", *_QK_NORMS),
-    "gpt2": Family("attn", "ln_1", "GPT2Attention", readers.fused_conv1d, ("c_attn",), _gpt2_softmax_scale),
-    "gpt_bigcode": _fused("attn", "ln_1", "GPTBigCodeAttention", readers.gpt_bigcode, "c_attn"),
-    "gpt_neox": _fused("attention", "input_layernorm", "GPTNeoXAttention", _QUERY_KEY_VALUE, "query_key_value"),
-    "granite": _llama_like("GraniteAttention"),
-    "granitemoe": _llama_like("GraniteMoeAttention"),
-    "granitemoeshared": _llama_like("GraniteMoeSharedAttention"),
-    "helium": _llama_like("HeliumAttention"),
-    "hrm_text": _llama_like("HrmTextAttention"),
-    "hunyuan_v1_dense": _llama_like(
-        "HunYuanDenseV1Attention", *_ROTATED_FIRST, qk_norms=_ROTATED_FIRST, rotated_first=True
-    ),
-    "hunyuan_v1_moe": _llama_like(
-        "HunYuanMoEV1Attention", *_ROTATED_FIRST, qk_norms=_ROTATED_FIRST, rotated_first=True
-    ),
-    "hy_v3": _llama_like("HYV3Attention", *_QK_NORMS),
-    "hyperclovax": _llama_like("HyperCLOVAXAttention"),
-    "jais2": _llama_like("Jais2Attention"),
-    "kolibri1": _llama_like("Kolibri1Attention", *_QK_NORMS),
-    "laguna": _llama_like("LagunaAttention", *_QK_NORMS),
-    "llama": _llama_like("LlamaAttention"),
-    "mellum": _llama_like("MellumAttention", *_QK_NORMS),
-    "minimax_m2": _llama_like("MiniMaxM2Attention", *_QK_NORMS, scope="projection"),
-    "ministral": _llama_like("MinistralAttention"),
-    "mistral": _llama_like("MistralAttention"),
-    "mixtral": _llama_like("MixtralAttention"),
-    "nanochat": _llama_like("NanoChatAttention", *_QK_NORMS, rotated_first=True),
-    "nemotron": _llama_like("NemotronAttention"),
-    "olmo": _llama_like("OlmoAttention"),
-    "olmoe": _llama_like("OlmoeAttention", *_QK_NORMS, scope="projection"),
-    "opt": _llama_like("OPTAttention", input_norm="self_attn_layer_norm", scaled_query=True),
-    "persimmon": _fused(
-        "self_attn", "input_layernorm", "PersimmonAttention", _QUERY_KEY_VALUE, "query_key_value", *_QK_LAYERNORMS
-    ),
-    "phi": _llama_like("PhiAttention", *_QK_LAYERNORMS, qk_norms=_QK_LAYERNORMS),
-    "phi3": _fused("self_attn", "input_layernorm", "Phi3Attention", _QKV_PROJ, "qkv_proj"),
-    "phimoe": _llama_like("PhimoeAttention"),
-    "qwen2": _llama_like("Qwen2Attention"),
-    "qwen2_moe": _llama_like("Qwen2MoeAttention"),
-    "qwen3": _llama_like("Qwen3Attention", *_QK_NORMS),
-    "qwen3_moe": _llama_like("Qwen3MoeAttention", *_QK_NORMS),
-    "seed_oss": _llama_like("SeedOssAttention"),
-    "smollm3": _llama_like("SmolLM3Attention"),
-    "solar_open": _llama_like("SolarOpenAttention"),
-    "stablelm": _llama_like("StableLmAttention", *_QK_LAYERNORMS, qk_norms=_QK_LAYERNORMS),
-    "starcoder2": _llama_like("Starcoder2Attention"),
-    "vaultgemma": _llama_like("VaultGemmaAttention"),
-}
-
-
 def attention_sites(model: Any) -> Iterator[AttentionSite]:
     """Every attention layer of a supported model, in order.
 
@@ -255,9 +149,10 @@ def attention_sites(model: Any) -> Iterator[AttentionSite]:
     model_type = model.config.model_type
     family = FAMILIES.get(model_type)
     if family is None:
+        reason = REFUSED.get(model_type, "its attention geometry is unknown")
         raise UnsupportedModelError(
-            f"model_type {model_type!r} is not supported, its attention geometry is unknown; supported: "
-            f"{', '.join(sorted(FAMILIES))}. Pass fallback='sdpa' to leave its attention to SDPA, counted"
+            f"model_type {model_type!r} is not supported: {reason}. Supported: {', '.join(sorted(FAMILIES))}. "
+            "Pass fallback='sdpa' to leave its attention to SDPA, counted"
         )
     if getattr(model.config, "add_cross_attention", False):
         raise UnsupportedModelError(
@@ -270,7 +165,8 @@ def attention_sites(model: Any) -> Iterator[AttentionSite]:
             f"{type(model).__name__} has no decoder block with {family.attention} and {family.input_norm}"
         )
     for index, block in enumerate(blocks):
-        site = AttentionSite(model_type, index, block, rotary)
+        stream = residual_stream(model, blocks[:index], family.post_norms) if family.post_norms else None
+        site = AttentionSite(model_type, index, block, rotary, stream)
         classes = [c.__name__ for c in type(site.attention).__mro__]
         if family.attention_class not in classes:
             raise UnsupportedModelError(

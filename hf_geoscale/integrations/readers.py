@@ -90,9 +90,11 @@ def _projections(
         qk_norms: attributes of the attention; used where they exist.
         rotated_first: the q/k norm follows the rotation, whose factor it cancels.
     """
-    gain, shift = site.norm(site.input_norm)
     factor = rotary_factor(site.rotary)
     read = []
+    if site.stream is not None:
+        return _after_residual(site, operands, qk_norms, scope, factor)
+    gain, shift = site.norm(site.input_norm)
     for (weight, bias), name, times in zip(
         operands, (*qk_norms, ""), (query_factor * factor, factor, 1.0), strict=True
     ):
@@ -102,6 +104,32 @@ def _projections(
         else:
             read.append(Projection(weight, gain, shift, bias, times))
     return read[0], read[1], read[2]
+
+
+def _after_residual(
+    site: "AttentionSite",
+    operands: Sequence[Operand],
+    qk_norms: tuple[str, str],
+    scope: Literal["head", "projection"],
+    factor: float,
+) -> Projections:
+    """No norm layer precedes: q and k are bounded by their own norms, v by the residual stream, ‖h‖₂ ≤ R.
+
+    v = W h + b with h = (R/√d)·u, ‖u‖₂ ≤ √d. R sums J + 1 maxima, so moving every weight by m moves R/√d by up to (J + 1)·m:
+    the gain is R/(√d·(J + 1)) and the factor J + 1 (undone in b), which `weight_drift_budget` multiplies in.
+    """
+    stream: Any = site.stream
+    (weight, bias), terms = operands[2], len(stream.norms) + 1
+    gain = stream.norm_bound(site.describe("the attention")) / (math.sqrt(weight.shape[-1]) * terms)
+    gain = gain.to(weight.device).expand(weight.shape[-1])
+    value = Projection(weight, gain, None, None if bias is None else bias.double() / terms, float(terms))
+    for name in qk_norms:
+        if getattr(site.attention, name, None) is None:
+            raise UnsupportedModelError(f"{site.describe(name)} is missing, so nothing bounds its operand")
+    query, key = (
+        _normalised(site, name, operand, factor, scope) for name, operand in zip(qk_norms, operands[:2], strict=True)
+    )
+    return query, key, value
 
 
 def separate(
