@@ -43,11 +43,10 @@ class ResidualStream:
                 f"{where} has no norm layer in front, and its tokens come from a {type(self.embedding).__name__}, not a plain "
                 "nn.Embedding, so nothing bounds them"
             )
-        rows = self.embedding.weight.detach().split(ROWS)
-        bound = (
-            torch.stack([torch.linalg.vector_norm(r, dim=1, dtype=torch.float32).amax() for r in rows]).amax().double()
-        )
-        bound = bound * (1 + FLOAT32_SUM)
+        weight = self.embedding.weight.detach()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        rows = [torch.linalg.vector_norm(part, dim=1, dtype=dtype).amax() for part in weight.split(ROWS)]
+        bound = torch.stack(rows).amax().double() * (1 + FLOAT32_SUM)
         for block, name in self.norms:
             gain, shift = gain_and_shift(getattr(block, name), f"{name} before {where}")
             if gain is None or shift is not None:
