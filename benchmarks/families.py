@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_geoscale import UnsupportedAttentionError, UnsupportedModelError, geometry_report, patch_model
+from hf_geoscale.integrations import FAMILIES
 
 OUT = Path(__file__).parents[1] / "docs" / "families.md"
 SECONDS, BYTES = 60, 10 * 2**30
@@ -56,7 +57,7 @@ choice of experts, whose effect on the logits would hide the attention's."""
 
 OVERRIDES: dict[str, dict] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}},
-    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 4},
     **{name: {"attention_multiplier": 0.25} for name in ("granite", "granitemoe", "granitemoeshared")},
     **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron")},
 }
@@ -154,6 +155,8 @@ def _first_line(error: Exception) -> str:
 def refusal(model_type: str) -> str:
     """The reason `patch_model` gives for a model of this family, from a model that has only a config."""
     config = CONFIG_MAPPING[model_type]()
+    if config.model_type in FAMILIES:
+        return ""
 
     class Shell(transformers.PreTrainedModel):
         config_class = type(config)
@@ -247,10 +250,10 @@ def to_markdown(rows: list[Row]) -> str:
         "and runs it again with a loss and a backward pass. *native*: patched and certified; every layer's attention ran in FP8",
         "without an overflow, and every gradient was finite. *refused*: `patch_model` raised `UnsupportedModelError` with this",
         'reason (`fallback="sdpa"` leaves such a model to SDPA, counted). *Asks* is what the unpatched model\'s forward asks of',
-        "transformers' attention interface. *Used* is the largest entry of q, k or v over its certificate, *error* the relative error",
-        "of the logits against SDPA, both of a random model of two layers whose gains, shifts and biases are away from 1 and 0:",
-        "they show that the patch ran, not how a trained model fares. *(not run)*: its own forward needs more than `input_ids`, or no",
-        "tiny model could be built, so that only the refusal was seen.",
+        "transformers' attention interface. *Used* is the largest entry of q, k or v over its certificate, *error* the relative",
+        "error of the logits against SDPA, both of a random model of two layers whose gains, shifts and biases are away from",
+        "1 and 0: they show that the patch ran, not how a trained model fares. *(not run)*: its own forward needs more than",
+        "`input_ids`, or no tiny model could be built, so that only the refusal was seen.",
         "",
         "| family | class | verdict | reason or setting | asks | used | error |",
         "|---|---|---|---|---|---|---|",
