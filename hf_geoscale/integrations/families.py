@@ -1,17 +1,21 @@
-"""How each model family stores the weights that make q, k and v."""
+"""The attention layers of a model, and the weights that make their q, k and v."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import UnsupportedModelError
 from ..geometry import Projection
 from ..kernels import check_head_dim
+from .decoders import FAMILIES
+from .norms import gain_and_shift
+from .refusals import REFUSED
+from .residual import ResidualStream, residual_stream
 from .versions import module_versions
-from .weights import EffectiveWeight, active_module, effective_weight
+from .weights import EffectiveWeight, effective_weight
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class AttentionSite:
     family: str
     layer: int
     block: Any  # the decoder block that holds the norm and the attention
-    rotary: Any
+    rotary: tuple[Any, ...]  # the model's rotary embeddings
+    stream: ResidualStream | None = None  # what enters the attention where no norm layer precedes it
 
     @property
     def attention(self) -> Any:
@@ -32,6 +37,22 @@ class AttentionSite:
         return getattr(self.block, FAMILIES[self.family].input_norm)
 
     @property
+    def head_dim(self) -> int:
+        attention = self.attention
+        return attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
+
+    def describe(self, name: str) -> str:
+        return _describe(self, name)
+
+    def weight(self, name: str, shape: tuple[int, int], token: tuple[Tensor | None, Tensor | None]) -> EffectiveWeight:
+        """What a projection of the attention computes from tokens of this gain and shift. Raises UnsupportedModelError."""
+        return effective_weight(getattr(self.attention, name), self.describe(name), shape, *token)
+
+    def norm(self, norm: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Gain and shift of a norm layer, (d,) each or None. Raises UnsupportedModelError."""
+        return gain_and_shift(norm, self.describe(type(norm).__name__))
+
+    @property
     def softmax_scale(self) -> float:
         return FAMILIES[self.family].softmax_scale(self.attention)
 
@@ -39,18 +60,20 @@ class AttentionSite:
         """The affine maps from the normalised token to q, k and v, with today's weights.
 
         Raises:
-            UnsupportedModelError: a module that hides its effective weight (LoRA, quantised, sharded, unknown norm).
+            UnsupportedModelError: an unknown norm, adapter or quantisation, or a sharded weight.
         """
         return FAMILIES[self.family].read(self)
 
-    def modules(self) -> list[nn.Module]:
-        """Norm and projections, adapters and wrappers included."""
-        return [self.input_norm, *(getattr(self.attention, name) for name in FAMILIES[self.family].modules)]
-
     def parameters(self) -> list[Tensor]:
         """The unquantised parameters that decide the projections."""
-        parameters = (p for module in self.modules() for p in module.parameters())
+        parameters = (p for module in self.weight_modules() for p in module.parameters())
         return [p for p in parameters if p.is_floating_point() and not type(p).__module__.startswith("torchao.")]
+
+    def weight_modules(self) -> list[Any]:
+        """Modules whose parameters decide the certificates."""
+        modules = [getattr(self.attention, name, None) for name in FAMILIES[self.family].modules]
+        before = [self.input_norm] if self.stream is None else self.stream.modules
+        return [*before, *(module for module in modules if module is not None)]
 
     def version(self) -> tuple:
         """Changes with every write, replacement or change of adapters (see `module_versions`) and of mode, and with every step
@@ -58,23 +81,8 @@ class AttentionSite:
 
         In evaluation mode the weights' bits count too, so that writes through `.data` are seen.
         """
-        return FAMILIES[self.family].version(self)
-
-
-@dataclass(frozen=True)
-class Family:
-    """One `config.model_type`."""
-
-    attention: str  # attribute of the block
-    input_norm: str
-    attention_class: str
-    read: Callable[[AttentionSite], tuple[Projection, Projection, Projection]]
-    modules: tuple[str, ...]  # of the attention, whose parameters decide the scales
-    softmax_scale: Callable[[Any], float]
-
-    def version(self, site: AttentionSite) -> tuple:
-        training = site.attention.training
-        return (_optimizer_steps, training, *module_versions(site.modules(), contents=not training))
+        training = self.attention.training
+        return (_optimizer_steps, training, *module_versions(self.weight_modules(), contents=not training))
 
 
 _optimizer_steps = 0  # of any optimizer in this process
@@ -92,97 +100,6 @@ def _describe(site: AttentionSite, name: str) -> str:
     return f"layer {site.layer} of the {site.family} model: {name}"
 
 
-def _weight(
-    site: AttentionSite, name: str, shape: tuple[int, int], gain: Tensor | None, shift: Tensor | None
-) -> EffectiveWeight:
-    """What a projection of the attention computes from tokens of a norm with this gain and shift."""
-    return effective_weight(getattr(site.attention, name), _describe(site, name), shape, gain, shift)
-
-
-def _norm(site: AttentionSite, norm: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Gain and shift of a norm layer whose output is bounded: (d,) each, or None where it has none."""
-    norm = active_module(norm)
-    known = isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) or type(norm).__name__.endswith("RMSNorm")
-    of_engine = type(norm).__module__.startswith("transformer_engine.") and type(norm).__name__ in (
-        "LayerNorm",
-        "RMSNorm",
-    )
-    if not (known or of_engine) or getattr(norm, "offset", None):
-        raise UnsupportedModelError(
-            f"{_describe(site, type(norm).__name__)} is not a LayerNorm or RMSNorm whose gain we know; "
-            "tokens after it have no norm bound"
-        )
-    gain = norm.weight + 1 if getattr(norm, "zero_centered_gamma", False) else norm.weight
-    return gain, getattr(norm, "bias", None)
-
-
-def _rotary_factor(site: AttentionSite) -> float:
-    return float(getattr(site.rotary, "attention_scaling", 1.0))
-
-
-def _split_projections(site: AttentionSite) -> tuple[Projection, Projection, Projection]:
-    """Llama, Mistral, Qwen2 (biases) and Qwen3 (norms per head after q and k): separate q_proj, k_proj, v_proj."""
-    attention, config, rotary = site.attention, site.attention.config, _rotary_factor(site)
-    gain, shift = _norm(site, site.input_norm)
-    dim = attention.head_dim
-    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
-    read = {}
-    for name, count in heads.items():
-        weight, bias, excess = _weight(site, f"{name}_proj", (count * dim, config.hidden_size), gain, shift)
-        factor = 1.0 if name == "v" else rotary
-        bias, excess = (None if t is None else t.view(count, dim) for t in (bias, excess))
-        read[name] = Projection(weight.view(count, dim, -1), gain, shift, bias, factor, excess)
-        head_norm = getattr(attention, f"{name}_norm", None)
-        if head_norm is not None:
-            head_gain, head_shift = _norm(site, head_norm)
-            if head_gain is None or tuple(head_gain.shape) != (dim,) or head_shift is not None:
-                raise UnsupportedModelError(
-                    f"{_describe(site, name + '_norm')} must be an RMSNorm of one head, gain of shape ({dim},) and no shift"
-                )
-            read[name] = Projection.of_head_norm(head_gain, count, rotary)
-    return read["q"], read["k"], read["v"]
-
-
-def _fused_conv1d(site: AttentionSite) -> tuple[Projection, Projection, Projection]:
-    """GPT-2: one Conv1D c_attn, weight (d, 3d) with columns q | k | v, bias, LayerNorm with shift, no RoPE."""
-    attention = site.attention
-    heads, dim, width = attention.num_heads, attention.head_dim, attention.embed_dim
-    gain, shift = _norm(site, site.input_norm)
-    weight, *extra = _weight(site, "c_attn", (width, 3 * width), gain, shift)
-    biases, excesses = ([None] * 3 if t is None else t.view(3, heads, dim) for t in extra)
-    q, k, v = (
-        Projection(w.T.reshape(heads, dim, width), gain, shift, b, excess=e)
-        for w, b, e in zip(weight.split(width, dim=1), biases, excesses, strict=True)
-    )
-    return q, k, v
-
-
-def _gpt2_softmax_scale(attention: Any) -> float:
-    """transformers 4.57 leaves `scaling` to the attention function (and sdpa there drops the per-layer factor)."""
-    scale = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0
-    return scale / (attention.layer_idx + 1) if attention.scale_attn_by_inverse_layer_idx else scale
-
-
-def _llama_like(attention_class: str, *extra_modules: str) -> Family:
-    return Family(
-        attention="self_attn",
-        input_norm="input_layernorm",
-        attention_class=attention_class,
-        read=_split_projections,
-        modules=("q_proj", "k_proj", "v_proj", *extra_modules),
-        softmax_scale=lambda attention: attention.scaling,
-    )
-
-
-FAMILIES = {
-    "llama": _llama_like("LlamaAttention"),
-    "mistral": _llama_like("MistralAttention"),
-    "qwen2": _llama_like("Qwen2Attention"),
-    "qwen3": _llama_like("Qwen3Attention", "q_norm", "k_norm"),
-    "gpt2": Family("attn", "ln_1", "GPT2Attention", _fused_conv1d, ("c_attn",), _gpt2_softmax_scale),
-}
-
-
 def attention_sites(model: Any) -> Iterator[AttentionSite]:
     """Every attention layer of a supported model, in order.
 
@@ -193,22 +110,24 @@ def attention_sites(model: Any) -> Iterator[AttentionSite]:
     model_type = model.config.model_type
     family = FAMILIES.get(model_type)
     if family is None:
+        reason = REFUSED.get(model_type, "its attention geometry is unknown")
         raise UnsupportedModelError(
-            f"model_type {model_type!r} is not supported, its attention geometry is unknown; supported: "
-            f"{', '.join(sorted(FAMILIES))}. Pass fallback='sdpa' to leave its attention to SDPA, counted"
+            f"model_type {model_type!r} is not supported: {reason}. Supported: {', '.join(sorted(FAMILIES))}. "
+            "Pass fallback='sdpa' to leave its attention to SDPA, counted"
         )
     if getattr(model.config, "add_cross_attention", False):
         raise UnsupportedModelError(
             "cross-attention (config.add_cross_attention=True) is not supported: keys come from elsewhere"
         )
-    rotary = next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
+    rotary = tuple(m for name, m in model.named_modules() if name.rpartition(".")[2].startswith("rotary_emb"))
     blocks = [m for m in model.modules() if hasattr(m, family.attention) and hasattr(m, family.input_norm)]
     if not blocks:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no decoder block with {family.attention} and {family.input_norm}"
         )
     for index, block in enumerate(blocks):
-        site = AttentionSite(model_type, index, block, rotary)
+        stream = residual_stream(model, blocks[:index], family.post_norms) if family.post_norms else None
+        site = AttentionSite(model_type, index, block, rotary, stream)
         classes = [c.__name__ for c in type(site.attention).__mro__]
         if family.attention_class not in classes:
             raise UnsupportedModelError(
@@ -216,7 +135,7 @@ def attention_sites(model: Any) -> Iterator[AttentionSite]:
                 "custom attention code may not call the attention interface"
             )
         try:
-            check_head_dim(site.attention.head_dim)
+            check_head_dim(site.head_dim)
         except ValueError as error:
             raise UnsupportedModelError(f"{_describe(site, family.attention)}: {error}") from error
         yield site

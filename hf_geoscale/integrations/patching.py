@@ -17,6 +17,7 @@ from .attention import geoscale_attention_forward
 from .families import attention_sites
 from .layer import GeoScaleLayer, PatchedLayer, check_finite, model_alpha_min
 from .masks import geoscale_mask
+from .residual import refuse_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,8 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
     _own_config(outer, model)
     for layer in layers:
         _attach(layer.site.attention, layer, original)
+    if layers[0].site.stream is not None:
+        layers[0].hook = model.base_model.register_forward_pre_hook(refuse_embeddings, with_kwargs=True)
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         unpatch_model(model)

@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import BloomConfig, BloomForCausalLM
 from typer.testing import CliRunner
 
 from hf_geoscale.cli import app
@@ -63,10 +63,10 @@ def test_missing_model(tmp_path):
 
 
 def test_unsupported_family_is_named(tmp_path, tiny_folder):
-    config = OPTConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32)
-    shutil.copytree(tiny_folder, tmp_path / "opt")
-    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
-    result = run("inspect", tmp_path / "opt")
+    config = BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=2)
+    shutil.copytree(tiny_folder, tmp_path / "bloom")
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    result = run("inspect", tmp_path / "bloom")
     assert result.exit_code == 1
     assert "UnsupportedModelError" in result.output
-    assert "'opt' is not supported" in result.output
+    assert "'bloom' is not supported" in result.output

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_geoscale import (
     GeoScaleConfig,
@@ -213,20 +213,18 @@ class TestStaleness:
 
 class TestRefusals:
     def test_unknown_family(self):
-        model = OPTForCausalLM(
-            OPTConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32)
-        )
-        with pytest.raises(UnsupportedModelError, match=r"'opt'.*gpt2, llama, mistral, qwen2, qwen3.*fallback='sdpa'"):
+        model = BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=32, n_layer=1, n_head=2))
+        with pytest.raises(UnsupportedModelError, match=r"'bloom'.*ALiBi.*gpt2, .*llama, .*mistral, .*fallback='sdpa'"):
             patch_model(model)
         assert model.config._attn_implementation == "sdpa"
 
     def test_unknown_family_left_to_sdpa_and_counted(self, caplog):
-        config = OPTConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32)
-        model, ids = OPTForCausalLM(config).eval(), tokens(1, 10)
+        config = BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=2)
+        model, ids = BloomForCausalLM(config).eval(), tokens(1, 10)
         before = model(ids).logits
         with caplog.at_level(logging.WARNING):
             patch_model(model, fallback="sdpa")
-        assert "'opt' is not supported" in caplog.text
+        assert "'bloom' is not supported" in caplog.text
         assert torch.equal(model(ids).logits, before)
         rows = geometry_report(model).rows
         assert [row["fallback_reasons"] for row in rows] == [{"unsupported model": 1}] * 2
