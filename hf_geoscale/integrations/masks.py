@@ -142,6 +142,8 @@ def geoscale_mask(
         None where the layer's own causal and sliding-window flags say it all (the prompt of a static cache included); key ranges
         (B, 1, Lq, 2) int32 for padding, packing and a past (4D, which transformers passes on untouched); SDPA's own mask wherever
         SDPA will run (decoding) or ranges cannot express the mask.
+    Raises:
+        ValueError: an empty sequence.
     """
     if cache_position is not None:
         q_length, device = cache_position.shape[0], cache_position.device
@@ -149,8 +151,10 @@ def geoscale_mask(
     else:
         device = device if attention_mask is None else attention_mask.device
         kwargs |= {"q_length": q_length, "q_offset": q_offset} | ({} if device is None else {"device": device})
+    if not q_length:
+        raise ValueError("FP8 attention needs sequences of at least one token, got length 0")
     decoding = q_length == 1 < kv_length
-    if q_length and not decoding and kv_length != 2 and not kwargs.get("use_vmap", False):
+    if not decoding and kv_length != 2 and not kwargs.get("use_vmap", False):
         past = int(q_offset if cache_position is None else cache_position[0])
         padding = _padding(attention_mask, kv_offset, kv_length)
         plain = past == kv_offset == 0 and allow_is_causal_skip and _is_window_of_layer(kv_length, **kwargs)
