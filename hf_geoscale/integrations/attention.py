@@ -15,12 +15,12 @@ from ..kernels.hadamard import hadamard
 from ..scaling import QuantScales
 from .layer import GeoScaleLayer
 from .masks import key_range_of_mask
+from .softcap import softcap_attention_forward
 
 logger = logging.getLogger(__name__)
 
 # Keyword arguments of the attention interface that change the result and that neither FP8 attention nor SDPA has.
 _NOT_HONOURED = {
-    "softcap": "a soft cap on the logits",
     "position_bias": "a position bias on the logits",
     "s_aux": "attention sinks",
     "head_mask": "a head mask",
@@ -30,13 +30,19 @@ _NOT_HONOURED = {
 
 
 def _delegate(layer: GeoScaleLayer, reason: str, module: nn.Module, *operands, **call):
-    """Run a call on SDPA, counted under `reason`, and logged once: decoding quietly, anything in training as a warning."""
+    """Run a call on SDPA, counted under `reason`, and logged once: decoding quietly, anything in training as a warning.
+
+    SDPA has no soft cap: calls with one run in plain PyTorch, counted all the same.
+    """
+    capped = call["softcap"] is not None
     if not layer.delegated[reason]:
         quiet = reason == "kv_cache" and not operands[0].requires_grad
         level = logging.DEBUG if quiet else logging.WARNING
-        logger.log(level, "geoscale: %s runs on SDPA (%s); counted in geometry_report", layer.name, reason)
+        backend = "in plain PyTorch" if capped else "on SDPA"
+        logger.log(level, "geoscale: %s runs %s (%s); counted in geometry_report", layer.name, backend, reason)
     layer.delegated[reason] += 1
-    return sdpa_attention_forward(module, *operands, **call)
+    attend = softcap_attention_forward if capped else sdpa_attention_forward
+    return attend(module, *operands, **call)
 
 
 def _visibility(mask: Tensor | None, batch: int, length: int, causal: bool, window: int | None) -> Visibility | None:
@@ -62,6 +68,7 @@ class _Call:
     key: Tensor  # (B, Hkv, L, D)
     value: Tensor  # (B, Hkv, L, D)
     incoherent: bool
+    softcap: float | None
     attend: Any  # fp8_attention without scales
 
     @property
@@ -81,7 +88,8 @@ class _Call:
     def logit_amax(self, scales: QuantScales) -> Tensor:
         statistics = AttentionStatistics(observe_logits=True)
         self.attend(**_named(scales), dropout_p=0.0, statistics=statistics)
-        return cast(Tensor, statistics.logit_amax)  # observed, as asked for
+        amax = cast(Tensor, statistics.logit_amax)  # observed, as asked for
+        return amax if self.softcap is None else self.softcap * (amax / self.softcap).tanh()
 
 
 def _named(scales: QuantScales) -> dict[str, Any]:
@@ -104,12 +112,14 @@ def geoscale_attention_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """FP8 attention of a patched layer, in the attention interface's form: ((B, Lq, Hq, D), None).
 
     Calls with a cache (Lq ≠ Lk) run on SDPA, counted as "kv_cache". A mask that cannot be honoured exactly raises
-    UnsupportedAttentionError, or runs on SDPA, counted, with fallback="sdpa".
+    UnsupportedAttentionError, or runs on SDPA, counted, with fallback="sdpa". SDPA has no soft cap: with one, both run in plain
+    PyTorch (`softcap_attention_forward`).
 
     Raises:
         UnsupportedModelError: the module was never patched.
@@ -123,7 +133,8 @@ def geoscale_attention_forward(
         )
     if scaling is None:
         scaling = layer.site.softmax_scale
-    call = {"attention_mask": attention_mask, "dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+    call = {"attention_mask": attention_mask, "dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+    call |= {"softcap": softcap, **kwargs}
     given = {name for name, value in kwargs.items() if value is not None and value is not False}
     refused = [what for name, what in _NOT_HONOURED.items() if name in given]
     if refused:
@@ -150,6 +161,7 @@ def geoscale_attention_forward(
         key,
         value,
         softmax_scale=scaling,
+        softcap=softcap,
         causal=visibility.causal,
         window=visibility.window,
         key_range=visibility.key_range,
@@ -157,7 +169,7 @@ def geoscale_attention_forward(
         precision=layer.config.precision,
         backend=layer.config.backend,
     )
-    scales = layer.scales(_Call(query, key, value, layer.config.incoherent, attend))
+    scales = layer.scales(_Call(query, key, value, layer.config.incoherent, softcap, attend))
     out: Any = attend(**_named(scales), dropout_p=dropout, statistics=layer.statistics)
     layer.observe(scales)
     return out.transpose(1, 2).contiguous(), None
