@@ -54,7 +54,7 @@ class Ours:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, shape: Shape, high: bool = False):
         self.operands, self.grad = (q.detach(), k.detach(), v.detach()), grad
         self.scales = tuple(quant_scale(x) for x in self.operands)
-        self.options = (shape.dim**-0.5, shape.causal, shape.window or 0, 0.0, True)
+        self.options = (shape.dim**-0.5, 0.0, shape.causal, shape.window or 0, 0.0, True)
         self.high = high
         self.kernels = {}
         self.whole_both()

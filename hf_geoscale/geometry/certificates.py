@@ -96,9 +96,12 @@ def norm_bound(
     shift and the bias where they cancel against each other or against W's rows (see `Projection.offset_rounding`).
     """
     root = math.sqrt(matrix.shape[-1])
-    rounding = UNIT_ROUNDOFF * root * matrix.flatten(1).norm(dim=-1) + projection.offset_rounding().norm(dim=-1)
-    beyond = projection.deviation().norm(dim=-1)
-    return (root * sigma + projection.offset().norm(dim=-1) + rounding + beyond) * (1 + ROUNDING_MARGIN)
+    bound = root * (sigma + UNIT_ROUNDOFF * matrix.flatten(1).norm(dim=-1))
+    if projection.has_offset:
+        bound = bound + projection.offset().norm(dim=-1) + projection.offset_rounding().norm(dim=-1)
+    if projection.excess is not None:
+        bound = bound + projection.deviation().norm(dim=-1)
+    return bound * (1 + ROUNDING_MARGIN)
 
 
 def operand_bound(projection: Projection) -> Tensor:

@@ -16,12 +16,12 @@ from ..kernels.hadamard import hadamard
 from ..scaling import E4M3, QuantScales
 from .layer import GeoScaleLayer
 from .masks import CONTINUATION_ROWS, is_key_range, visibility_of_call
+from .softcap import softcap_attention_forward
 
 logger = logging.getLogger(__name__)
 
 # Keyword arguments of the attention interface that change the result and that neither FP8 attention nor SDPA has.
 _NOT_HONOURED = {
-    "softcap": "a soft cap on the logits",
     "position_bias": "a position bias on the logits",
     "s_aux": "attention sinks",
     "head_mask": "a head mask",
@@ -31,16 +31,22 @@ _NOT_HONOURED = {
 
 
 def _delegate(layer: GeoScaleLayer, reason: str, module: nn.Module, query, key, value, attention_mask, **call):
-    """Run a call on SDPA, counted under `reason`, and logged once: decoding quietly, anything in training as a warning."""
+    """Run a call on SDPA, counted under `reason`, and logged once: decoding quietly, anything in training as a warning.
+
+    SDPA has no soft cap: calls with one run in plain PyTorch, counted all the same.
+    """
+    capped = call["softcap"] is not None
     if not layer.delegated[reason]:
         quiet = reason == "kv_cache" and not query.requires_grad
         level = logging.DEBUG if quiet else logging.WARNING
-        logger.log(level, "geoscale: %s runs on SDPA (%s); counted in geometry_report", layer.name, reason)
+        backend = "in plain PyTorch" if capped else "on SDPA"
+        logger.log(level, "geoscale: %s runs %s (%s); counted in geometry_report", layer.name, backend, reason)
     layer.delegated[reason] += 1
     if attention_mask is not None and is_key_range(attention_mask, key.shape[2]):
         seen = Visibility(query.shape[2], key.shape[2], False, None, attention_mask[:, 0])
         attention_mask = seen.dense(key.device)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **call)
+    attend = softcap_attention_forward if capped else sdpa_attention_forward
+    return attend(module, query, key, value, attention_mask, **call)
 
 
 def _decodes(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
@@ -68,6 +74,7 @@ class _Call:
     key: Tensor  # (B, Hkv, L, D)
     value: Tensor  # (B, Hkv, L, D)
     incoherent: bool
+    softcap: float | None
     attend: partial  # fp8_attention without scales
 
     @property
@@ -88,7 +95,8 @@ class _Call:
     def logit_amax(self, scales: QuantScales) -> Tensor:
         statistics = AttentionStatistics(observe_logits=True)
         self.attend(**_named(scales), dropout_p=0.0, statistics=statistics)
-        return cast(Tensor, statistics.logit_amax)  # observed, as asked for
+        amax = cast(Tensor, statistics.logit_amax)  # observed, as asked for
+        return amax if self.softcap is None else self.softcap * (amax / self.softcap).tanh()
 
 
 def _named(scales: QuantScales) -> dict[str, Any]:
@@ -142,13 +150,15 @@ def geoscale_attention_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """FP8 attention of a patched layer, in the attention interface's form: ((B, Lq, Hq, D), None).
 
     Decoding runs on SDPA, counted as "kv_cache": fewer than CONTINUATION_ROWS query rows after a past. More rows run in FP8 where
     the cached keys and values fit the certificates, and on SDPA, counted as "uncertified cache", where they do not. A mask that
-    cannot be honoured exactly raises UnsupportedAttentionError, or runs on SDPA, counted, with fallback="sdpa".
+    cannot be honoured exactly raises UnsupportedAttentionError, or runs on SDPA, counted, with fallback="sdpa". SDPA has no soft
+    cap: calls with one run in plain PyTorch instead (`softcap_attention_forward`).
 
     Raises:
         UnsupportedModelError: the module was never patched.
@@ -158,7 +168,7 @@ def geoscale_attention_forward(
     layer, (batch, _, rows, _), keys = _layer_of(module), query.shape, key.shape[2]
     scaling = layer.site.softmax_scale if scaling is None else scaling
     _refuse_options(layer, kwargs, rows != keys)
-    sdpa = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+    sdpa = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "softcap": softcap, **kwargs}
     if _decodes(query, key, attention_mask):
         return _delegate(layer, "kv_cache", module, query, key, value, attention_mask, **sdpa)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -173,6 +183,7 @@ def geoscale_attention_forward(
         query,
         *seen,
         softmax_scale=scaling,
+        softcap=softcap,
         causal=visibility.causal,
         window=visibility.window,
         key_range=visibility.key_range,
@@ -180,7 +191,7 @@ def geoscale_attention_forward(
         precision=layer.config.precision,
         backend=layer.config.backend,
     )
-    scales = layer.scales(_Call(query, *seen, layer.config.incoherent, attend))
+    scales = layer.scales(_Call(query, *seen, layer.config.incoherent, softcap, attend))
     cached = rows != keys and attention_mask is not None
     if cached and layer.config.scaling == "geometry" and not _certified(scales, *seen):
         return _delegate(layer, "uncertified cache", module, query, key, value, attention_mask, **sdpa)

@@ -14,6 +14,9 @@ from .visibility import Visibility
 if TRITON_INSTALLED:
     from . import fused
 
+SOFTCAP_MIN, SOFTCAP_MAX = 2.0**-20, 2.0**20
+"""Soft caps that float32 serves: within them neither S/cap nor a hidden row's maximum leaves its range."""
+
 HEAD_DIM_STEP, HEAD_DIM_MAX = 16, 256
 """Head dimensions are multiples of 16 up to 256: what FP8 matrix units contract over, and what the kernels tile."""
 
@@ -62,19 +65,19 @@ class _ReferenceAttention(torch.autograd.Function):
 
 
 def _reference(
-    query, key, value, scales, visibility, softmax_scale, incoherent, precision, dropout_p, dropout_seed, statistics,
-    return_lse,
+    query, key, value, scales, visibility, softmax_scale, softcap, incoherent, precision, dropout_p, dropout_seed,
+    statistics, return_lse,
 ):  # fmt: skip
     if dropout_p and dropout_seed is None:
         dropout_seed = torch.randint(2**63 - 1, ())
-    options = reference.Options(softmax_scale, incoherent, dropout_p, int(dropout_seed or 0))
+    options = reference.Options(softmax_scale, incoherent, dropout_p, int(dropout_seed or 0), softcap)
     statistics = statistics or AttentionStatistics()
     return _ReferenceAttention.apply(query, key, value, *scales, visibility, options, precision, statistics)
 
 
 def _fused(
-    query, key, value, scales, visibility, softmax_scale, incoherent, precision, dropout_p, dropout_seed, statistics,
-    return_lse,
+    query, key, value, scales, visibility, softmax_scale, softcap, incoherent, precision, dropout_p, dropout_seed,
+    statistics, return_lse,
 ):  # fmt: skip
     device = query.device
     if not dropout_p:
@@ -93,7 +96,7 @@ def _fused(
     scales = [x if x is None else x.to(device) for x in scales]
     out, shift, row_sum, *_, amax, overflow, logit_max = fused.attention_forward(
         *operands, *scales[:3], key_range, dropout_seed, statistics.gradient_counter(device) if observe else None, scales[3],
-        softmax_scale, visibility.causal, visibility.window or 0, dropout_p, incoherent, precision == "high",
+        softmax_scale, softcap or 0.0, visibility.causal, visibility.window or 0, dropout_p, incoherent, precision == "high",
         statistics is not None, observe,
     )  # fmt: skip
     if statistics is not None:
@@ -102,7 +105,8 @@ def _fused(
         for name, used in zip("qkv", (amax / E4M3.max).split((heads, kv_heads, kv_heads)), strict=True):
             statistics.add_range(name, used)
         if scales[3] is not None:
-            statistics.add_range("logit", logit_max * scales[3] / E4M3.max)
+            largest = logit_max if softcap is None else softcap * (logit_max / softcap).tanh()
+            statistics.add_range("logit", largest * scales[3] / E4M3.max)
         if observe:
             statistics.add_logits(logit_max)
     return out.to(query.dtype), fused.lse(shift, row_sum) if return_lse else None
@@ -154,6 +158,7 @@ def fp8_attention(
     k_quant_scale: Tensor,  # (Hkv,)
     v_quant_scale: Tensor,  # (Hkv,)
     softmax_scale: float | None = None,
+    softcap: float | None = None,
     causal: bool = True,
     window: int | None = None,
     key_range: Tensor | None = None,  # (B, Lq, 2)
@@ -174,6 +179,8 @@ def fp8_attention(
         q_quant_scale, k_quant_scale, v_quant_scale: float32 factors real → FP8 per head. 448/quant_scale must bound the
             entries: of v as given, of q and k after the Hadamard mix (their 2-norm does).
         softmax_scale: factor on q·k; default D^-½.
+        softcap: logits S = q·k·softmax_scale become softcap·tanh(S/softcap) before the mask (Gemma 2), from 2⁻²⁰ to 2²⁰; None, the
+            default, leaves them alone.
         causal: row i sees keys up to i + Lk − Lq.
         window: with causal, a row sees at most this many keys, itself included.
         key_range: further restricts row i of sequence b to keys start ≤ j < stop (integers); an empty row gives 0.
@@ -182,8 +189,8 @@ def fp8_attention(
             device's own with "triton", so that no call waits and CUDA graphs draw anew; the CPU's with "reference").
         incoherent: mix q and k by an orthonormal Hadamard matrix first (halves their quantisation error).
         precision: "standard", or "high" for k as two FP8 terms.
-        logit_quant_scale: also round the logits q·k·softmax_scale to E4M3, times this float32 factor per query head; those beyond
-            ±448 saturate, and are counted. The gradient passes straight through. None, the default, leaves logits alone.
+        logit_quant_scale: also round the logits, as they enter the softmax, to E4M3, times this float32 factor per query head;
+            those beyond ±448 saturate, and are counted. The gradient passes straight through. None, the default, does not.
         backend: "triton", the fused kernels; "reference", plain PyTorch; "auto", the first on GPUs that can run it.
         return_lse: also return the natural log-sum-exp of each row's logits, (B, Hq, Lq) float32, without gradient; −inf where
             a row sees no key.
@@ -193,7 +200,7 @@ def fp8_attention(
         (B, Hq, Lq, D) in query's dtype, or that and the log-sum-exp; first derivatives only.
     Raises:
         RuntimeError: backend="triton" where it cannot run.
-        ValueError: a shape, head dimension, window, probability or precision that is not as stated.
+        ValueError: a shape, head dimension, window, soft cap, probability or precision that is not as stated.
         TypeError: an operand that is not floating point.
     """
     _check_operands(query, key, value)
@@ -221,11 +228,13 @@ def fp8_attention(
         softmax_scale = query.shape[-1] ** -0.5
     if not softmax_scale > 0:
         raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
+    if softcap is not None and not SOFTCAP_MIN <= softcap <= SOFTCAP_MAX:
+        raise ValueError(f"softcap must lie in [2⁻²⁰, 2²⁰], or be None for no soft cap, got {softcap}")
     visibility = Visibility(query.shape[2], key.shape[2], causal, window, key_range)
     scales = (q_quant_scale, k_quant_scale, v_quant_scale, logit_quant_scale)
     attend = _fused if resolve_backend(backend, query.device) == "triton" else _reference
     out, lse = attend(
-        query, key, value, scales, visibility, softmax_scale, incoherent, precision, dropout_p, dropout_seed, statistics,
-        return_lse,
+        query, key, value, scales, visibility, softmax_scale, softcap, incoherent, precision, dropout_p, dropout_seed,
+        statistics, return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out

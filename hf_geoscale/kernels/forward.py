@@ -18,6 +18,9 @@ from .tile import (
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+TANH_SERIES = tl.constexpr(0.25)
+"""|x| below which tanh(x) comes from its series."""
+
 FACTOR_MIN = tl.constexpr(2.0**-120)
 """All-zero q and k give scales whose product overflows; a factor of 0 would make ∞·0 of a hidden logit."""
 
@@ -34,14 +37,40 @@ def logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale)
 
 
 @triton.jit
+def softmax_factors(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale, softcap, SOFTCAP: tl.constexpr):
+    """Base-2 logit of one unit of what enters the softmax, and what one unit of q8·k8 is as S/cap.
+
+    Without a cap q8·k8 itself enters, and nobody needs the second number; with one, tanh(S/cap) does (`cap_logits`).
+    """
+    factor = logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale)
+    cap = softcap * LOG2_E
+    return cap if SOFTCAP else factor, factor / cap if SOFTCAP else factor
+
+
+@triton.jit
+def cap_logits(s, cap_unit):
+    """tanh(s·cap_unit), within 2⁻¹⁹ of itself; forward and backward must get the same bits from here.
+
+    (1 − e)/(1 + e), e = exp(−2|x|) ∈ [0, 1], cannot overflow. Where 1 − e would cancel, the Taylor series: its first omitted term
+    is 3.4e-7 of tanh at TANH_SERIES, where half a unit in the last place of e is 1.5e-7 of 1 − e.
+    """
+    x = s * cap_unit
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
+    ratio = (1 - e) / (1 + e)
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 - square * (17 / 315))))
+    return tl.where(tl.abs(x) < TANH_SERIES, series, tl.where(x < 0, -ratio, ratio))
+
+
+@triton.jit
 def logit_unit(p_logit_quant_scale, factor, head, LOGITS: tl.constexpr):
-    """What one unit of q8·k8 is as a scaled logit, before its rounding to E4M3."""
+    """What one unit of what enters the softmax is as a scaled logit, before its rounding to E4M3."""
     return factor / LOG2_E * tl.load(p_logit_quant_scale + head) if LOGITS else factor
 
 
 @triton.jit
 def round_logits(s, unit):
-    """Logits in units of q8·k8 as E4M3 keeps them; forward and backward must get the same bits from here."""
+    """Logits, in the units in which they enter the softmax, as E4M3 keeps them; the same bits in forward and backward."""
     return to_e4m3(s * unit).to(tl.float32) * (1 / unit)
 
 
@@ -49,7 +78,7 @@ def round_logits(s, unit):
 def attend_tile(
     acc,  # (BM, DP)
     row_sum,  # (BM,)
-    row_max,  # (BM,) of q8·k8, not yet scaled
+    row_max,  # (BM,) of q8·k8, or of tanh(S/cap), not yet scaled
     logit_max,  # (BM,) of |q8·k8|, with OBSERVE
     logits_over,  # (BM,) how many logits overflowed, with COUNT
     q,
@@ -60,6 +89,7 @@ def attend_tile(
     i_value_row,
     start_key,
     factor,
+    cap_unit,
     unit,
     first,
     last,
@@ -72,6 +102,7 @@ def attend_tile(
     HIGH: tl.constexpr,
     DROPOUT: tl.constexpr,
     OBSERVE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     LOGITS: tl.constexpr,
     COUNT: tl.constexpr,
     MASKED: tl.constexpr,
@@ -90,6 +121,9 @@ def attend_tile(
         s = tl.where(visible, s, HIDDEN)
     if OBSERVE:
         logit_max = tl.maximum(logit_max, tl.max(tl.where(s == HIDDEN, 0.0, tl.abs(s)), 1))
+    if SOFTCAP:
+        capped = cap_logits(s, cap_unit)
+        s = tl.where(s == HIDDEN, HIDDEN, capped) if MASKED else capped
     if COUNT:
         logits_over += tl.sum(tl.where((s == HIDDEN) | (tl.abs(s * unit) <= E4M3_MAX), 0, 1), 1)
     if LOGITS:
@@ -133,6 +167,7 @@ def forward_kernel(
     n_keys,
     window,
     softmax_scale,
+    softcap,
     survival,
     threshold,
     D: tl.constexpr,
@@ -144,6 +179,7 @@ def forward_kernel(
     RANGES: tl.constexpr,
     HIGH: tl.constexpr,
     DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     LOGITS: tl.constexpr,
     OBSERVE: tl.constexpr,
     COUNT: tl.constexpr,
@@ -156,7 +192,7 @@ def forward_kernel(
     kv_head = head // (n_heads // n_kv_heads)
     i_kv = batch * n_kv_heads + kv_head
     i_key_row, i_value_row = i_kv * n_keys, i_kv * D
-    factor = logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale)
+    factor, cap_unit = softmax_factors(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale, softcap, SOFTCAP)
     unit = logit_unit(p_logit_quant_scale, factor, head, LOGITS)
     seed = tl.load(p_seed) if DROPOUT else 0
     rows = start_row + tl.arange(0, BM)
@@ -175,17 +211,20 @@ def forward_kernel(
         for start_key in tl.range(start, full_start, BN, num_stages=STAGES):
             acc, row_sum, row_max, logit_max, logits_over = attend_tile(
                 acc, row_sum, row_max, logit_max, logits_over, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor,
-                unit, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, LOGITS, COUNT, True, LOWER,
+                cap_unit, unit, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, SOFTCAP, LOGITS,
+                COUNT, True, LOWER,
             )  # fmt: skip
     for start_key in tl.range(full_start, full_stop, BN, num_stages=STAGES):
         acc, row_sum, row_max, logit_max, logits_over = attend_tile(
-            acc, row_sum, row_max, logit_max, logits_over, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, unit,
-            first, last, seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, LOGITS, COUNT, False, LOWER,
+            acc, row_sum, row_max, logit_max, logits_over, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor,
+            cap_unit, unit, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, SOFTCAP, LOGITS, COUNT,
+            False, LOWER,
         )  # fmt: skip
     for start_key in tl.range(full_stop, stop, BN, num_stages=STAGES):
         acc, row_sum, row_max, logit_max, logits_over = attend_tile(
-            acc, row_sum, row_max, logit_max, logits_over, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor, unit,
-            first, last, seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, LOGITS, COUNT, True, LOWER,
+            acc, row_sum, row_max, logit_max, logits_over, q, d_k, d_residual, d_v, i_key_row, i_value_row, start_key, factor,
+            cap_unit, unit, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH, DROPOUT, OBSERVE, SOFTCAP, LOGITS, COUNT,
+            True, LOWER,
         )  # fmt: skip
     # acc and row_sum both carry the factor 256 of P̃
     seen = row_sum > 0
@@ -197,7 +236,8 @@ def forward_kernel(
     tl.store(p_shift + i_rows, tl.where(seen, row_max * factor, 0.0) - PROBABILITY_LOG2, mask=valid)
     tl.store(p_row_sum + i_rows, row_sum * (1 / 256), mask=valid)
     if OBSERVE:
-        tl.atomic_max(p_logit_max + head, tl.max(tl.where(valid, logit_max, 0.0)) * (factor / LOG2_E))
+        product_factor = factor * cap_unit if SOFTCAP else factor
+        tl.atomic_max(p_logit_max + head, tl.max(tl.where(valid, logit_max, 0.0)) * (product_factor / LOG2_E))
     if COUNT:
         over = tl.sum(tl.where(valid, logits_over, 0))
         if over > 0:

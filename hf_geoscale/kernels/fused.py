@@ -31,8 +31,8 @@ def _like_heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _call(
     scales: tuple[Tensor, Tensor, Tensor], logit_quant_scale: Tensor | None, key_range: Tensor | None,
-    dropout_seed: Tensor | None, softmax_scale: float, causal: bool, window: int, dropout_p: float, incoherent: bool, high: bool,
-    dim: int,
+    dropout_seed: Tensor | None, softmax_scale: float, softcap: float, causal: bool, window: int, dropout_p: float,
+    incoherent: bool, high: bool, dim: int,
 ) -> Call:  # fmt: skip
     q_quant_scale, k_quant_scale, v_quant_scale = (x.contiguous() for x in scales)  # kernels read them as plain arrays
     logit_quant_scale = None if logit_quant_scale is None else logit_quant_scale.contiguous()
@@ -40,7 +40,7 @@ def _call(
     signs = hadamard_signs(min(padded_head_dim(dim), SIGNS_MAX), mix, q_quant_scale.device) if mix else None
     return Call(
         q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, high, dim,
-        signs, mix, logit_quant_scale, GRADIENT_ROWS,
+        signs, mix, logit_quant_scale, GRADIENT_ROWS, softcap,
     )  # fmt: skip
 
 
@@ -56,6 +56,7 @@ def _attention_forward(
     gradient_overflow: Tensor | None,  # (1,) int64: where the backward adds its count
     logit_quant_scale: Tensor | None,  # (Hq,)
     softmax_scale: float,
+    softcap: float,  # 0: none
     causal: bool,
     window: int,  # 0: none
     dropout_p: float,
@@ -70,13 +71,13 @@ def _attention_forward(
         out (B, Hq, Lq, D) in query's dtype; shift and row_sum (B, Hq, Lq) float32: row maximum of the base-2 logits less 8, and
         Σ P̃; q8, k8 (B, H, L, D), k8's residual (empty unless `high`), v8 (B, Hkv, D, Lp); v_norm (B, Hkv), the largest 2-norm of a
         row of v8; amax (Hq + 2·Hkv,) and overflow (4,) int64 of the casts of q, k, v and logits (empty unless `count`); logit_max
-        (Hq,) in natural units, before rounding (empty unless `observe` or with a logit_quant_scale).
+        (Hq,) in natural units, before the soft cap and rounding (empty unless `observe` or with a logit_quant_scale).
     """
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
     device, e4m3 = query.device, torch.float8_e4m3fn
     call = _call(
-        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, softmax_scale, causal,
+        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, softmax_scale, softcap, causal,
         min(window, n_keys), dropout_p, incoherent, high, dim,
     )  # fmt: skip
     padded = _padded(n_keys)
@@ -106,7 +107,7 @@ def _attention_forward(
 
 def _fake_forward(
     query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed, gradient_overflow,
-    logit_quant_scale, softmax_scale, causal, window, dropout_p, incoherent, high, count, observe,
+    logit_quant_scale, softmax_scale, softcap, causal, window, dropout_p, incoherent, high, count, observe,
 ):  # fmt: skip
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
@@ -146,6 +147,7 @@ def _attention_backward(
     gradient_overflow: Tensor | None,
     logit_quant_scale: Tensor | None,
     softmax_scale: float,
+    softcap: float,  # 0: none
     causal: bool,
     window: int,
     dropout_p: float,
@@ -159,7 +161,7 @@ def _attention_backward(
     kv_heads, n_keys = k8.shape[1:3]
     device, high, survival = q8.device, residual.numel() > 0, 1 - dropout_p
     call = _call(
-        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, softmax_scale, causal,
+        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, softmax_scale, softcap, causal,
         min(window, n_keys), dropout_p, incoherent, high, dim,
     )  # fmt: skip
     padded_dim, n_groups = call.padded_dim, triton.cdiv(n_queries, GRADIENT_ROWS)
@@ -205,8 +207,8 @@ def _attention_backward(
 
 def _fake_backward(
     grad_out, out, shift, row_sum, q8, k8, residual, v8, v_norm, q_quant_scale, k_quant_scale, v_quant_scale, key_range,
-    dropout_seed, gradient_overflow, logit_quant_scale, softmax_scale, causal, window, dropout_p, incoherent, q_dtype,
-    k_dtype, v_dtype,
+    dropout_seed, gradient_overflow, logit_quant_scale, softmax_scale, softcap, causal, window, dropout_p, incoherent,
+    q_dtype, k_dtype, v_dtype,
 ):  # fmt: skip
     return _like_heads_inside(q8, q_dtype), _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
 
@@ -220,7 +222,7 @@ class _Attention(torch.autograd.Function):
             output = attention_forward(*inputs)
         query, key, value, q_scale, k_scale, v_scale, key_range, seed, overflow, logit_scale, *options = inputs
         ctx.save_for_backward(*output[:8], q_scale, k_scale, v_scale, key_range, seed, overflow, logit_scale)
-        ctx.options = options[:5]
+        ctx.options = options[:6]
         ctx.dtypes = [query.dtype, key.dtype, value.dtype]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -229,13 +231,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, *_):
         if grad_out is None:
-            return (None,) * 18
+            return (None,) * 19
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "fp8_attention has first derivatives only; its backward was called with create_graph=True"
             )
         grads = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, *ctx.dtypes)
-        return (*grads, *[None] * 15)
+        return (*grads, *[None] * 16)
 
 
 def _on_device_of_operands(run):

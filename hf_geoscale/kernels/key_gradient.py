@@ -8,7 +8,7 @@ tile: a register operand written while another product is in flight makes the co
 import triton
 import triton.language as tl
 
-from .forward import HIDDEN, logit_factor, logit_unit, round_logits
+from .forward import HIDDEN, cap_logits, logit_unit, round_logits, softmax_factors
 from .tile import RESIDUAL_GAIN, contraction_order, dropout_keep, heaviest_first, mix, row_bounds, tile_pointers
 
 
@@ -100,6 +100,7 @@ def key_tile(
     start_row,
     start_key,
     factor,
+    cap_unit,
     unit,
     group_factor,
     batch,
@@ -117,6 +118,7 @@ def key_tile(
     RANGES: tl.constexpr,
     HIGH: tl.constexpr,
     DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     LOGITS: tl.constexpr,
 ):
     q = d_q.load([i_query_row + start_row, 0])
@@ -125,6 +127,9 @@ def key_tile(
     if HIGH:
         s += tl.dot(residual, q.T) * (1 / RESIDUAL_GAIN)
     dp = tl.dot(v, grad.T)
+    if SOFTCAP:
+        s = cap_logits(s, cap_unit)
+        slope = 1 - s * s  # in [0, 1], so the bound of dS holds as it is
     if LOGITS:
         s = round_logits(s, unit)
     if masked:
@@ -140,10 +145,14 @@ def key_tile(
     p = tl.exp2(s * factor - shift[None, :])
     if DROPOUT:
         keep = dropout_keep(seed, threshold, i_head, start_row, start_key, BM, BN, True)
-        ds = p * (tl.where(keep, dp, 0.0) * group_factor - delta[None, :])
-        p = tl.where(keep, p, 0.0)
+        ds = tl.where(keep, dp, 0.0) * group_factor - delta[None, :]
     else:
-        ds = p * (dp * group_factor - delta[None, :])
+        ds = dp * group_factor - delta[None, :]
+    if SOFTCAP:
+        ds *= slope
+    ds = p * ds
+    if DROPOUT:
+        p = tl.where(keep, p, 0.0)
     p8 = contraction_order(p.to(tl.float8e4nv), BN, BM)
     ds8 = contraction_order(ds.to(tl.float8e4nv), BN, BM)
     grad_columns = d_grad_columns.load([i_column_row, start_row])
@@ -185,6 +194,7 @@ def key_gradient_kernel(
     n_groups,
     window,
     softmax_scale,
+    softcap,
     survival,
     threshold,
     GROUP: tl.constexpr,
@@ -198,6 +208,7 @@ def key_gradient_kernel(
     RANGES: tl.constexpr,
     HIGH: tl.constexpr,
     DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     LOGITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -221,7 +232,9 @@ def key_gradient_kernel(
     heads = n_heads // n_kv_heads
     for head in range(kv_head * heads, (kv_head + 1) * heads):
         i_head = batch * n_heads + head
-        factor = logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale)
+        factor, cap_unit = softmax_factors(
+            p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale, softcap, SOFTCAP
+        )
         unit = logit_unit(p_logit_quant_scale, factor, head, LOGITS)
         i_query_row, i_padded_row, i_column_row = i_head * n_queries, i_head * n_padded, i_head * D
         for group in range(start // GROUP, tl.cdiv(stop, GROUP)):
@@ -239,8 +252,8 @@ def key_gradient_kernel(
                 masked = (start_row < full_start) | (start_row >= full_stop)
                 dk, dv = key_tile(
                     dk, dv, k, residual, v, d_q, d_q_columns, d_grad, d_grad_columns, d_shift, d_delta, p_range, i_query_row,
-                    i_padded_row, i_column_row, start_row, start_key, factor, unit, group_factor, batch, n_queries, n_keys,
-                    window, seed, threshold, i_head, masked, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, LOGITS,
+                    i_padded_row, i_column_row, start_row, start_key, factor, cap_unit, unit, group_factor, batch, n_queries,
+                    n_keys, window, seed, threshold, i_head, masked, BM, BN, CAUSAL, WINDOW, RANGES, HIGH, DROPOUT, SOFTCAP, LOGITS,
                 )  # fmt: skip
     dk *= dk_unit
     dv *= dv_unit

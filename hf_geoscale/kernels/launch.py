@@ -33,6 +33,7 @@ class Call:
     mix: int  # width of its blocks, 0: none
     logit_quant_scale: Tensor | None = None  # (Hq,)
     group_rows: int = GRADIENT_ROWS
+    softcap: float = 0.0  # 0: none
 
     @property
     def scales(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,9 +48,9 @@ class Call:
         return tiles_for(self.q_quant_scale.device, self.dim, self.high)
 
     @property
-    def scalars(self) -> tuple[int, float, float, int]:
-        """window, softmax_scale, probability to survive dropout, and the threshold of 32 random bits that does."""
-        return self.window, self.softmax_scale, 1 - self.dropout_p, int(self.dropout_p * 2**32)
+    def scalars(self) -> tuple[int, float, float, float, int]:
+        """window, softmax_scale, softcap, probability to survive dropout, and the threshold of 32 random bits that does."""
+        return self.window, self.softmax_scale, self.softcap, 1 - self.dropout_p, int(self.dropout_p * 2**32)
 
     @property
     def flags(self) -> dict[str, bool | int]:
@@ -60,6 +61,7 @@ class Call:
             "RANGES": self.key_range is not None,
             "HIGH": self.high,
             "DROPOUT": self.dropout_p > 0,
+            "SOFTCAP": self.softcap > 0,
             "LOGITS": self.logit_quant_scale is not None,
             "D": self.dim,
             "DP": self.padded_dim,

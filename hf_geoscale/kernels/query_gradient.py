@@ -7,7 +7,7 @@ accumulating dQ across key blocks would need atomics or a serial order.
 import triton
 import triton.language as tl
 
-from .forward import HIDDEN, logit_factor, logit_unit, round_logits
+from .forward import HIDDEN, cap_logits, logit_unit, round_logits, softmax_factors
 from .tile import (
     RESIDUAL_GAIN,
     contraction_order,
@@ -36,6 +36,7 @@ def query_tile(
     i_column_row,
     start_key,
     factor,
+    cap_unit,
     unit,
     shift,
     row_factor,
@@ -51,6 +52,7 @@ def query_tile(
     HIGH: tl.constexpr,
     DROPOUT: tl.constexpr,
     COUNT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     LOGITS: tl.constexpr,
     MASKED: tl.constexpr,
     LOWER: tl.constexpr,
@@ -62,6 +64,9 @@ def query_tile(
         residual = d_residual.load([i_key_row + start_key, 0])
         s += tl.dot(q, residual.T) * (1 / RESIDUAL_GAIN)
     dp = tl.dot(grad, v.T)
+    if SOFTCAP:
+        s = cap_logits(s, cap_unit)
+        slope = 1 - s * s  # in [0, 1], so the bound of dS holds as it is
     if LOGITS:
         s = round_logits(s, unit)
     if MASKED:
@@ -73,7 +78,10 @@ def query_tile(
     p = tl.exp2(s * factor - shift[:, None])
     if DROPOUT:
         dp = tl.where(dropout_keep(seed, threshold, i_head, start_row, start_key, BM, BN, False), dp, 0.0)
-    ds = p * (dp * row_factor[:, None] - row_delta[:, None])
+    ds = dp * row_factor[:, None] - row_delta[:, None]
+    if SOFTCAP:
+        ds *= slope
+    ds = p * ds
     if COUNT:
         ds_max = tl.maximum(ds_max, tl.max(tl.abs(ds), 1))
     ds8 = contraction_order(ds.to(tl.float8e4nv), BM, BN)  # |ds| ≤ 448 by its bound
@@ -117,6 +125,7 @@ def query_gradient_kernel(
     n_groups,
     window,
     softmax_scale,
+    softcap,
     survival,
     threshold,
     GROUP: tl.constexpr,
@@ -131,6 +140,7 @@ def query_gradient_kernel(
     HIGH: tl.constexpr,
     DROPOUT: tl.constexpr,
     COUNT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     LOGITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -142,7 +152,7 @@ def query_gradient_kernel(
     kv_head = head // (n_heads // n_kv_heads)
     i_kv = batch * n_kv_heads + kv_head
     i_key_row, i_column_row = i_kv * n_keys, i_kv * D
-    factor = logit_factor(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale)
+    factor, cap_unit = softmax_factors(p_q_quant_scale, p_k_quant_scale, head, kv_head, softmax_scale, softcap, SOFTCAP)
     unit = logit_unit(p_logit_quant_scale, factor, head, LOGITS)
     seed = tl.load(p_seed) if DROPOUT else 0
     rows = start_row + tl.arange(0, BM)
@@ -165,20 +175,20 @@ def query_gradient_kernel(
         for start_key in tl.range(start, full_start, BN, num_stages=STAGES):
             dq, dq_residual, ds_max = query_tile(
                 dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row, i_column_row,
-                start_key, factor, unit, shift, row_factor, row_delta, first, last, seed, threshold, i_head, start_row, BM, BN,
-                HIGH, DROPOUT, COUNT, LOGITS, True, LOWER,
+                start_key, factor, cap_unit, unit, shift, row_factor, row_delta, first, last, seed, threshold, i_head, start_row,
+                BM, BN, HIGH, DROPOUT, COUNT, SOFTCAP, LOGITS, True, LOWER,
             )  # fmt: skip
     for start_key in tl.range(full_start, full_stop, BN, num_stages=STAGES):
         dq, dq_residual, ds_max = query_tile(
             dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row, i_column_row,
-            start_key, factor, unit, shift, row_factor, row_delta, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH,
-            DROPOUT, COUNT, LOGITS, False, LOWER,
+            start_key, factor, cap_unit, unit, shift, row_factor, row_delta, first, last, seed, threshold, i_head,
+            start_row, BM, BN, HIGH, DROPOUT, COUNT, SOFTCAP, LOGITS, False, LOWER,
         )  # fmt: skip
     for start_key in tl.range(full_stop, stop, BN, num_stages=STAGES):
         dq, dq_residual, ds_max = query_tile(
             dq, dq_residual, ds_max, q, grad, d_k, d_k_columns, d_residual, d_residual_columns, d_v, i_key_row, i_column_row,
-            start_key, factor, unit, shift, row_factor, row_delta, first, last, seed, threshold, i_head, start_row, BM, BN, HIGH,
-            DROPOUT, COUNT, LOGITS, True, LOWER,
+            start_key, factor, cap_unit, unit, shift, row_factor, row_delta, first, last, seed, threshold, i_head,
+            start_row, BM, BN, HIGH, DROPOUT, COUNT, SOFTCAP, LOGITS, True, LOWER,
         )  # fmt: skip
     if HIGH:
         dq += dq_residual * (1 / RESIDUAL_GAIN)

@@ -5,33 +5,32 @@ Work goes by blocks of `visibility.ROW_BLOCK` query rows: memory is linear in th
 into the rows of its key/value head (G·R rows), so keys are never repeated. Rounding points, in order:
 
 forward   q, k ← Hadamard (float32) · quant_scale → E4M3;  v · quant_scale → E4M3
-          S = q8·k8ᵀ (float32) [→ E4M3, with a logit_quant_scale] → P̃ = exp2(S_log2 − row maximum) → E4M3 as 256·P̃
+          S = q8·k8ᵀ (float32) [→ cap·tanh(S/cap), with a softcap] [→ E4M3, with a logit_quant_scale]
+          P̃ = exp2(S_log2 − row maximum) → E4M3 as 256·P̃
           O = P̃8·v8 / Σ P̃ → output dtype
 backward  dO′ = dO / Σ P̃ → E4M3, scaled by its amax over GRADIENT_ROWS rows;  δ = rowsum(dO′8 · O);  S and P̃ again, from the
           same q8, k8;  dS = P̃·(dO′8·v8ᵀ − δ) → E4M3 twice: for dQ scaled by the bound of its row, for dK by that of its group
           dV = P̃8ᵀ·dO′8, dQ = dS8·k8, dK = dS8ᵀ·q8 (float32) → Hadamard
+A soft cap multiplies dS by its derivative, 1 − tanh²(S/cap) ∈ [0, 1], before dS is rounded: the bound of dS holds as it is.
 Quantised logits (arXiv 2602.18851) pass their gradient straight through: dS is the gradient of the logit before its rounding.
 The bound of dS is Cauchy–Schwarz on what the matrix unit multiplies: 2·‖dO′8 row‖·max‖v8 row‖. Like the amax of dO′ it is
 measured in the backward, where nothing can leak into a forward.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..scaling.formats import E4M3, count_overflow, saturating_cast
 from .hadamard import hadamard
+from .operands import Operands, Options, quantize
 from .philox import dropout_keep
 from .statistics import AttentionStatistics
 from .visibility import Visibility
 
 PROBABILITY_QUANT_SCALE = 256.0
 """P̃ ≤ 1 is stored as 256·P̃: the largest power of two below 448, so probabilities down to 2⁻¹⁷ survive E4M3."""
-
-RESIDUAL_GAIN = 16.0
-"""The second FP8 term of k holds 16 × the first one's rounding error: at most half a unit in the last place, 16·16 = 256."""
 
 GRADIENT_ROWS = 2048
 """Query rows that share the scale of dO′8, and of dS8 in dK: dK and dV sum over rows, so their scales may not differ row by row."""
@@ -47,76 +46,6 @@ LOGIT_GRADIENT_BOUND_MIN = 2.0**-20
 
 ROUNDED_NORM_MARGIN = 1 + E4M3.epsilon / 2
 """‖dO′8‖ ≤ this · ‖dO′·quant_scale‖ + √D/1024: half an E4M3 epsilon per normal value, half a subnormal step (2⁻¹⁰) below."""
-
-
-@dataclass(frozen=True)
-class Operands:
-    """What the forward leaves for the backward: FP8 operands and their descales (1/quant_scale)."""
-
-    q8: Tensor  # (B, Hq, Lq, D) E4M3
-    k8: Tensor  # (B, Hkv, Lk, D) E4M3
-    v8: Tensor  # (B, Hkv, Lk, D) E4M3
-    k8_residual: Tensor | None  # (B, Hkv, Lk, D) E4M3 with precision="high"
-    q_descale: Tensor  # (Hq,)
-    k_descale: Tensor  # (Hkv,)
-    v_descale: Tensor  # (Hkv,)
-    logit_quant_scale: Tensor | None = None  # (Hq,) of S in natural units, where logits are quantised too
-
-    @property
-    def groups(self) -> tuple[int, int]:
-        """(Hkv, query heads per key/value head)."""
-        return self.k8.shape[1], self.q8.shape[1] // self.k8.shape[1]
-
-    def keys(self) -> Tensor:
-        """k8, plus its second term with precision="high", as float32 in FP8 units: (B, Hkv, Lk, D). Exact."""
-        keys = self.k8.float()
-        return keys if self.k8_residual is None else keys + self.k8_residual.float() / RESIDUAL_GAIN
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a call computes, apart from its tensors."""
-
-    softmax_scale: float
-    incoherent: bool = True
-    dropout_p: float = 0.0
-    dropout_seed: int = 0
-
-
-def quantize_operand(
-    x: Tensor,  # (B, H, L, D)
-    quant_scale: Tensor,  # (H,)
-    mix: bool,
-    name: str,
-    statistics: AttentionStatistics,
-) -> Tensor:
-    """x·quant_scale in float32, after the Hadamard mix when `mix`; overflow and range are recorded: (B, H, L, D)."""
-    scaled = (hadamard(x) if mix else x.float()) * quant_scale[:, None, None]
-    statistics.add_overflow(name, count_overflow(scaled))
-    statistics.add_range(name, scaled.abs().amax(dim=(0, 2, 3)) / E4M3.max)
-    return scaled
-
-
-def quantize(
-    query: Tensor,  # (B, Hq, Lq, D)
-    key: Tensor,  # (B, Hkv, Lk, D)
-    value: Tensor,  # (B, Hkv, Lk, D)
-    q_quant_scale: Tensor,  # (Hq,)
-    k_quant_scale: Tensor,  # (Hkv,)
-    v_quant_scale: Tensor,  # (Hkv,)
-    logit_quant_scale: Tensor | None,  # (Hq,)
-    options: Options,
-    precision: str,
-    statistics: AttentionStatistics,
-) -> Operands:
-    """E4M3 operands of one call. precision="high" gives k a second term holding the first one's rounding error."""
-    q = quantize_operand(query, q_quant_scale, options.incoherent, "q", statistics)
-    k = quantize_operand(key, k_quant_scale, options.incoherent, "k", statistics)
-    v = quantize_operand(value, v_quant_scale, False, "v", statistics)
-    k8 = saturating_cast(k)
-    residual = saturating_cast((k - k8.float()) * RESIDUAL_GAIN) if precision == "high" else None
-    descales = (1 / q_quant_scale, 1 / k_quant_scale, 1 / v_quant_scale)
-    return Operands(saturating_cast(q), k8, saturating_cast(v), residual, *descales, logit_quant_scale)
 
 
 def _fold(x: Tensor, groups: tuple[int, int]) -> Tensor:
@@ -140,6 +69,21 @@ def _logits_log2(q8: Tensor, keys: Tensor, operands: Operands, options: Options)
     raw = _unfold(_fold(q8.float(), groups) @ keys.mT, groups)
     descale = _per_head(operands.q_descale, q8.shape[1]) * _per_head(operands.k_descale, q8.shape[1])
     return raw * (descale * (options.softmax_scale * math.log2(math.e)))
+
+
+def _cap(logits_log2: Tensor, options: Options) -> Tensor:
+    """S·log2(e) after the soft cap, cap·tanh(S/cap), if there is one: (B, Hq, R, K)."""
+    if options.softcap is None:
+        return logits_log2
+    cap = options.softcap * math.log2(math.e)
+    return (logits_log2 / cap).tanh() * cap
+
+
+def _cap_slope(capped_log2: Tensor, options: Options) -> Tensor | float:
+    """Derivative of the soft cap where it gave these logits, 1 − (S'/cap)²: (B, Hq, R, K), or 1 without a cap."""
+    if options.softcap is None:
+        return 1.0
+    return 1 - (capped_log2 / (options.softcap * math.log2(math.e))).square()
 
 
 def _logit_unit(operands: Operands) -> Tensor | None:
@@ -191,12 +135,13 @@ def forward(
     for rows, columns, visible in visibility.blocks(device):
         logits = _logits_log2(q8[:, :, rows], keys[:, :, columns], operands, options)
         hidden = ~visible[:, None]
+        uncapped, logits = logits, _cap(logits, options)
         if unit is not None:
             scaled = (logits * unit).masked_fill(hidden, 0)
             statistics.add_overflow("logit", count_overflow(scaled))
             logit_range = torch.maximum(logit_range, scaled.abs().amax(dim=(0, 2, 3)) / E4M3.max)
         if statistics.observe_logits:
-            statistics.add_logits(logits.masked_fill(hidden, 0).abs().amax(dim=(0, 2, 3)) * math.log(2))
+            statistics.add_logits(uncapped.masked_fill(hidden, 0).abs().amax(dim=(0, 2, 3)) * math.log(2))
         logits = _round_logits(logits, unit)
         maximum = logits.masked_fill(hidden, -math.inf).amax(-1)
         maximum = maximum.masked_fill(~visible.any(-1)[:, None], 0.0)
@@ -271,8 +216,8 @@ def backward(
     for rows, columns, visible in visibility.blocks(device):
         group = rows.start // GRADIENT_ROWS
         q_rows = operands.q8[:, :, rows].float()
-        logits = _round_logits(_logits_log2(q_rows, keys[:, :, columns], operands, options), logit_unit)
-        p = _probabilities(logits, visible, row_max[:, :, rows])
+        logits = _cap(_logits_log2(q_rows, keys[:, :, columns], operands, options), options)
+        p = _probabilities(_round_logits(logits, logit_unit), visible, row_max[:, :, rows])
         p8 = saturating_cast(p * PROBABILITY_QUANT_SCALE).float()
         do_quant_scale = do_quant_scales[:, :, group, None, None]
         do8 = saturating_cast(fold_row_sum(grad_out[:, :, rows], row_sum[:, :, rows]) * do_quant_scale).float()
@@ -281,7 +226,7 @@ def backward(
         keep = _keep(options, batch, heads, rows, columns, device)
         if keep is not None:
             dp, p8 = dp * keep, p8 * keep
-        ds = p * (dp - delta)  # in units of dO′8·v8
+        ds = p * (dp - delta) * _cap_slope(logits, options)  # in units of dO′8·v8
         row_scale = logit_gradient_quant_scale(do8.norm(dim=-1), v_norm, survival)[..., None]
         group_scale = group_scales[:, :, group, None, None]
         statistics.add_overflow("logit gradient", count_overflow(ds * row_scale) + count_overflow(ds * group_scale))

@@ -9,7 +9,7 @@ class AttentionStatistics:
 
     `range_used` maps "q", "k", "v" to (H,): the largest |x·quant_scale| / 448 seen per head; above 1 is an overflow. "logit",
     (Hq,), is there with quantised logits. `latest` has the same of the last call alone.
-    `logit_amax` is (Hq,): the largest visible |q·k|·softmax_scale, or None unless `observe_logits`.
+    `logit_amax` is (Hq,): the largest visible |q·k|·softmax_scale, before any soft cap, or None unless `observe_logits`.
     """
 
     def __init__(self, observe_logits: bool = False):

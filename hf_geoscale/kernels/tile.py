@@ -7,13 +7,13 @@ import triton.language as tl
 from triton import knobs
 
 from ..scaling.formats import E4M3
-from . import reference
+from . import operands, reference
 from .hadamard import SIGNS_MAX
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)  # whose `dot` multiplies bfloat16 bit patterns as integers
 E4M3_MAX = tl.constexpr(E4M3.max)
 PROBABILITY_LOG2 = tl.constexpr(math.log2(reference.PROBABILITY_QUANT_SCALE))
-RESIDUAL_GAIN = tl.constexpr(reference.RESIDUAL_GAIN)
+RESIDUAL_GAIN = tl.constexpr(operands.RESIDUAL_GAIN)
 HEADS_AT_A_TIME = tl.constexpr(8)  # a guess; no other number was tried
 MIX_WIDTH = tl.constexpr(SIGNS_MAX)
 

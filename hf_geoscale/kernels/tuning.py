@@ -38,7 +38,7 @@ def _calls(
         return torch.full((count,), 448 / (2 * dim**0.5), device="cuda")
 
     scales = (scale(heads), scale(kv_heads), scale(kv_heads))
-    options = (dim**-0.5, True, 0, dropout_p, True)
+    options = (dim**-0.5, 0.0, True, 0, dropout_p, True)
     seed = torch.zeros((), dtype=torch.int64, device="cuda") if dropout_p else None
 
     def forward():

@@ -1,10 +1,13 @@
 """Geometry scaling: scales read off the weights; no activation reaches a scale of q, k or v."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..config import AutoAlpha
 from ..geometry import LayerGeometry
+from .current import ROUND_OFF
 from .formats import E4M3
 from .strategy import CallOperands, QuantScales
 
@@ -19,6 +22,7 @@ class GeometryScaling:
     RoPE or without. "rank_aware": α_min · B₁ (arXiv 2602.18851, our reconstruction), exceeded with a stated probability if tokens
     were uniform on the sphere and there were no RoPE. "auto_alpha": α·B₁ with α = 1 for `burn_in` calls, then a margin times a
     quantile of the α = max|S| / B₁ observed in them: a measured scale, for ever after. B₁ = σ(M)·d·softmax_scale.
+    In a call with a soft cap the bound is the lesser of that and the cap: |cap·tanh(S/cap)| ≤ min(|S|, cap).
 
     Args:
         headroom: ≥ 1, room for the weights to move before the next refresh; the paper's 1/η.
@@ -64,6 +68,9 @@ class GeometryScaling:
             self.refresh(self._geometry)
         if self.scales.q.device != call.device:
             self.scales = self.scales.to(call.device)
+        if call.softcap is not None and self.scales.logit is not None:
+            least = ROUND_OFF * E4M3.max / (self.headroom * call.softcap)
+            return replace(self.scales, logit=self.scales.logit.clamp_min(least))
         return self.scales
 
     def observe(self, amax: dict[str, Tensor]) -> None:

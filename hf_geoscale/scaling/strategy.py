@@ -33,11 +33,15 @@ class CallOperands(Protocol):
     def heads(self) -> tuple[int, int]:
         """Query heads and key/value heads."""
 
+    @property
+    def softcap(self) -> float | None:
+        """Cap of the logits, cap·tanh(S/cap), in real units; None without one."""
+
     def amax(self) -> dict[str, Tensor]:
         """Largest magnitude of "q" (Hq,), "k" and "v" (Hkv,), real units, as they are quantised (after mixing)."""
 
     def logit_amax(self, scales: QuantScales) -> Tensor:
-        """Largest |logit| (Hq,) that these scales of q, k, v lead to; a whole attention call."""
+        """Largest |logit| (Hq,), after any soft cap, that these scales of q, k, v lead to; a whole attention call."""
 
 
 class ScalingStrategy(Protocol):

@@ -101,3 +101,10 @@ def test_trace_power_is_looser_with_fewer_squarings():
     assert bounds == sorted(bounds, reverse=True)
     for squarings, bound in zip((1, 3, 7), bounds, strict=True):
         assert bound == pytest.approx(64 ** (1 / 2**squarings), rel=1e-9)
+
+
+@pytest.mark.parametrize("magnitude", [1e-100, 1.0, 1e100])
+def test_trace_powers_of_many_equal_eigenvalues_do_not_underflow(magnitude):
+    """After division by the trace each is 1/512, whose 128th power is below every float64."""
+    bound = trace_power_bound(magnitude * torch.eye(512, dtype=torch.float64))
+    torch.testing.assert_close(bound / magnitude, torch.tensor(512 ** (1 / 128), dtype=torch.float64))

@@ -80,7 +80,23 @@ class TestOp:
 
     def test_registration(self):
         leaves, options = operands({"rows": 40})
-        arguments = (*leaves, *options.values(), None, None, None, None, 0.125, True, 0, 0.0, True, False, True, False)
+        arguments = (
+            *leaves,
+            *options.values(),
+            None,
+            None,
+            None,
+            None,
+            0.125,
+            0.0,
+            True,
+            0,
+            0.0,
+            True,
+            False,
+            True,
+            False,
+        )
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(fused.attention_forward, arguments, test_utils=checks)
 

@@ -26,6 +26,7 @@ class Call:
 
     q: float = 2.0
     logit: float = 3.0
+    softcap: float | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     heads: tuple[int, int] = (HEADS, KV_HEADS)
 
@@ -90,6 +91,23 @@ class TestGeometry:
             torch.testing.assert_close(
                 scale.double() * bound * headroom, torch.full(bound.shape, E4M3.max, dtype=torch.float64)
             )
+
+    @pytest.mark.feature("soft cap")
+    @pytest.mark.parametrize("bound", ["certified", "rank_aware", "auto_alpha"])
+    @pytest.mark.parametrize("headroom", [1.0, 4.0])
+    def test_a_soft_cap_bounds_logits_too(self, bound, headroom):
+        """min(bound, cap): a tight cap sets the scale, a wide one leaves it to the weights, and q, k, v never see it."""
+        scaling = GeometryScaling(headroom, quantize_logits=True, bound=bound, alpha=0.1)
+        scaling.refresh(geometry())
+        plain = scaling.quant_scales(Call())
+        tight, wide = scaling.quant_scales(Call(softcap=0.01)), scaling.quant_scales(Call(softcap=1e5))
+        torch.testing.assert_close(tight.logit * headroom * 0.01, torch.full((HEADS,), E4M3.max))
+        assert (
+            float((tight.logit * headroom * 0.01).amax()) < E4M3.max
+        )  # round-off cannot carry a logit at the cap over it
+        assert torch.equal(wide.logit, plain.logit)
+        assert all(torch.equal(getattr(tight, name), getattr(plain, name)) for name in "qkv")
+        assert torch.equal(scaling.quant_scales(Call()).logit, plain.logit)  # of that call alone
 
     def test_data_never_reaches_a_scale(self):
         scaling = GeometryScaling(quantize_logits=True)

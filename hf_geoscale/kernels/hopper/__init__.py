@@ -1,7 +1,7 @@
 """The attention kernels for Hopper GPUs, in Gluon: one loading warp, two or three multiplying warpgroups that share its tiles.
 
 Same arithmetic and operands as the portable kernels, which take what these do not: other GPUs, head dimensions up to 32 or beyond
-128, precision="high", dropout, quantised logits, and the counters of logits and dS8.
+128, precision="high", dropout, a soft cap, quantised logits, and the counters of logits and dS8.
 """
 
 import warnings
@@ -39,6 +39,6 @@ def runs(device: torch.device, padded_dim: int) -> bool:
 
 def launches_for(call: Call, device: torch.device, counters: bool) -> ModuleType | None:
     """The launches of these kernels, or None where a call, the counters of logits or dS8 included, needs the portable ones."""
-    if call.high or call.dropout_p or counters or call.logit_quant_scale is not None:
+    if call.high or call.dropout_p or call.softcap or counters or call.logit_quant_scale is not None:
         return None
     return launch if runs(device, call.padded_dim) else None

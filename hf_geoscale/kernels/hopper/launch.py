@@ -85,7 +85,7 @@ def _signs(call: Call) -> TensorDescriptor | None:
 
 
 def _flags(call: Call) -> dict[str, bool | int]:
-    return {name: flag for name, flag in call.flags.items() if name not in ("HIGH", "DROPOUT", "LOGITS")}
+    return {name: flag for name, flag in call.flags.items() if name not in ("HIGH", "DROPOUT", "SOFTCAP", "LOGITS")}
 
 
 def forward(call: Call, q8, k8, residual, v8, out, shift, row_sum, logit_max, overflow) -> None:
