@@ -12,9 +12,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ..errors import UnsupportedAttentionError, UnsupportedModelError
 from ..kernels import AttentionStatistics, Visibility, fp8_attention
 from ..kernels.hadamard import hadamard
-from ..scaling import QuantScales
+from ..scaling import E4M3, QuantScales
 from .layer import GeoScaleLayer
-from .masks import key_range_of_mask
+from .masks import CONTINUATION_ROWS, is_key_range, visibility_of_call
 
 logger = logging.getLogger(__name__)
 
@@ -24,34 +24,39 @@ _NOT_HONOURED = {
     "position_bias": "a position bias on the logits",
     "s_aux": "attention sinks",
     "head_mask": "a head mask",
-    "cu_seq_lens_q": "sequence lengths of a packed batch (pass position_ids instead)",
+    "cache": "a paged cache",
     "output_attentions": "returned attention probabilities",
 }
 
 
-def _delegate(layer: GeoScaleLayer, reason: str, module: nn.Module, *operands, **call):
+def _delegate(layer: GeoScaleLayer, reason: str, module: nn.Module, query, key, value, attention_mask, **call):
     """Run a call on SDPA, counted under `reason`, and logged once: decoding quietly, anything in training as a warning."""
     if not layer.delegated[reason]:
-        quiet = reason == "kv_cache" and not operands[0].requires_grad
+        quiet = reason == "kv_cache" and not query.requires_grad
         level = logging.DEBUG if quiet else logging.WARNING
         logger.log(level, "geoscale: %s runs on SDPA (%s); counted in geometry_report", layer.name, reason)
     layer.delegated[reason] += 1
-    return sdpa_attention_forward(module, *operands, **call)
+    if attention_mask is not None and is_key_range(attention_mask, key.shape[2]):
+        seen = Visibility(query.shape[2], key.shape[2], False, None, attention_mask[:, 0])
+        attention_mask = seen.dense(key.device)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **call)
 
 
-def _visibility(mask: Tensor | None, batch: int, length: int, causal: bool, window: int | None) -> Visibility | None:
-    """What the mask of a self-attention call means, or None when ranges cannot express it."""
-    if mask is None:
-        return Visibility(length, length, causal, window if causal else None)
-    if mask.dtype == torch.int32 and mask.shape[2:] == (length, 2):  # key ranges of `geoscale_mask`
-        key_range: Tensor | None = mask[:, 0]
-    elif mask.dim() == 4 and mask.shape[2:] == (length, length):
-        key_range = key_range_of_mask(mask)
-    else:
-        key_range = None
-    if key_range is None:
-        return None
-    return Visibility(length, length, False, None, key_range.expand(batch, -1, -1))
+def _decodes(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Whether a call continues a cache by a few rows. `geoscale_mask` gives key ranges, or no mask, to what shall run in FP8."""
+    rows, keys = query.shape[2], key.shape[2]
+    if rows == keys or (mask is not None and is_key_range(mask, keys)):
+        return False
+    return rows == 1 if mask is None else rows < CONTINUATION_ROWS
+
+
+@torch.no_grad()
+def _certified(scales: QuantScales, key: Tensor, value: Tensor) -> bool:
+    """Whether keys and values fit scales that were made from the weights: those of a cache may come from other weights, a prefix
+    that was learnt, or lossy storage. A 2-norm bounds what the Hadamard mix makes of a key."""
+    key_norm = torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).amax((0, 2))
+    value_amax = value.abs().amax((0, 2, 3))
+    return bool((key_norm * scales.k).amax().maximum((value_amax * scales.v).amax()) <= E4M3.max)
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,39 @@ def _named(scales: QuantScales) -> dict[str, Any]:
     return {name: scale for name, scale in named.items() if scale is not None}
 
 
-def _shape(mask: Tensor | None) -> str:
-    return "None" if mask is None else f"{tuple(mask.shape)} of {mask.dtype}"
+def _layer_of(module: nn.Module) -> GeoScaleLayer:
+    layer = getattr(module, "geoscale", None)
+    if not isinstance(layer, GeoScaleLayer):
+        raise UnsupportedModelError(
+            f'{type(module).__name__} runs with attn_implementation="geoscale" but was never patched: '
+            "call hf_geoscale.patch_model(model) instead of setting the name"
+        )
+    return layer
+
+
+def _refuse_options(layer: GeoScaleLayer, options: dict[str, Any], cached: bool) -> None:
+    """Raise UnsupportedAttentionError for an option that changes the result and that we do not have."""
+    for name, what in _NOT_HONOURED.items():
+        if options.get(name) is not None and options[name] is not False:
+            raise UnsupportedAttentionError(
+                f"FP8 attention cannot honour {what} ({layer.name}), and neither can SDPA. Do without, or unpatch the model "
+                'and use attn_implementation="eager"'
+            )
+    if cached and options.get("cu_seq_lens_q") is not None:
+        raise UnsupportedAttentionError(
+            f"cu_seq_lens_q says nothing of the keys in a cache ({layer.name}): pass packed documents without past_key_values"
+        )
+
+
+def _refuse_mask(layer: GeoScaleLayer, mask: Tensor) -> str:
+    """Why a mask runs on SDPA; raises UnsupportedAttentionError unless that was asked for."""
+    reason = f"its mask {tuple(mask.shape)} of {mask.dtype}, which is no range of keys per row"
+    if layer.config.fallback != "sdpa":
+        raise UnsupportedAttentionError(
+            f"FP8 attention cannot honour {reason} ({layer.name}). "
+            "Change the mask, or patch with fallback='sdpa' to run such calls on SDPA"
+        )
+    return reason
 
 
 def geoscale_attention_forward(
@@ -108,47 +144,32 @@ def geoscale_attention_forward(
 ) -> tuple[Tensor, None]:
     """FP8 attention of a patched layer, in the attention interface's form: ((B, Lq, Hq, D), None).
 
-    Calls with a cache (Lq ≠ Lk) run on SDPA, counted as "kv_cache". A mask that cannot be honoured exactly raises
-    UnsupportedAttentionError, or runs on SDPA, counted, with fallback="sdpa".
+    Decoding runs on SDPA, counted as "kv_cache": fewer than CONTINUATION_ROWS query rows after a past. More rows run in FP8 where
+    the cached keys and values fit the certificates, and on SDPA, counted as "uncertified cache", where they do not. A mask that
+    cannot be honoured exactly raises UnsupportedAttentionError, or runs on SDPA, counted, with fallback="sdpa".
 
     Raises:
         UnsupportedModelError: the module was never patched.
         UnsupportedAttentionError: a mask or option FP8 attention does not have.
+        ValueError: an empty sequence, or cumulative lengths that are not of this batch.
     """
-    layer = getattr(module, "geoscale", None)
-    if not isinstance(layer, GeoScaleLayer):
-        raise UnsupportedModelError(
-            f'{type(module).__name__} runs with attn_implementation="geoscale" but was never patched: '
-            "call hf_geoscale.patch_model(model) instead of setting the name"
-        )
-    if scaling is None:
-        scaling = layer.site.softmax_scale
-    call = {"attention_mask": attention_mask, "dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-    given = {name for name, value in kwargs.items() if value is not None and value is not False}
-    refused = [what for name, what in _NOT_HONOURED.items() if name in given]
-    if refused:
-        raise UnsupportedAttentionError(
-            f"FP8 attention cannot honour {refused[0]} ({layer.name}), and neither can SDPA. Do without, or unpatch the model "
-            'and use attn_implementation="eager"'
-        )
-    if query.shape[2] != key.shape[2]:
-        return _delegate(layer, "kv_cache", module, query, key, value, **call)
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    visibility = _visibility(attention_mask, query.shape[0], query.shape[2], causal, sliding_window)
+    layer, (batch, _, rows, _), keys = _layer_of(module), query.shape, key.shape[2]
+    scaling = layer.site.softmax_scale if scaling is None else scaling
+    _refuse_options(layer, kwargs, rows != keys)
+    sdpa = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+    if _decodes(query, key, attention_mask):
+        return _delegate(layer, "kv_cache", module, query, key, value, attention_mask, **sdpa)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    packing = {name: kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k")}
+    visibility = visibility_of_call(attention_mask, batch, rows, keys, causal, sliding_window, **packing)
     if visibility is None:
-        reason = f"its mask {_shape(attention_mask)}, which is no range of keys per row"
-        if layer.config.fallback != "sdpa":
-            raise UnsupportedAttentionError(
-                f"FP8 attention cannot honour {reason} ({layer.name}). "
-                "Change the mask, or patch with fallback='sdpa' to run such calls on SDPA"
-            )
-        return _delegate(layer, reason, module, query, key, value, **call)
-    layer.calls += 1
+        reason = _refuse_mask(layer, cast(Tensor, attention_mask))
+        return _delegate(layer, reason, module, query, key, value, attention_mask, **sdpa)
+    seen = key[:, :, : visibility.key_length], value[:, :, : visibility.key_length]
     attend = partial(
         fp8_attention,
         query,
-        key,
-        value,
+        *seen,
         softmax_scale=scaling,
         causal=visibility.causal,
         window=visibility.window,
@@ -157,7 +178,11 @@ def geoscale_attention_forward(
         precision=layer.config.precision,
         backend=layer.config.backend,
     )
-    scales = layer.scales(_Call(query, key, value, layer.config.incoherent, attend))
+    scales = layer.scales(_Call(query, *seen, layer.config.incoherent, attend))
+    cached = rows != keys and attention_mask is not None
+    if cached and layer.config.scaling == "geometry" and not _certified(scales, *seen):
+        return _delegate(layer, "uncertified cache", module, query, key, value, attention_mask, **sdpa)
+    layer.calls += 1
     out: Any = attend(**_named(scales), dropout_p=dropout, statistics=layer.statistics)
     layer.observe(scales)
     return out.transpose(1, 2).contiguous(), None

@@ -1,62 +1,137 @@
 """The mask side of the attention interface: turn what transformers asks for into per-row key ranges."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ..kernels import key_range_of_block
+from ..kernels import Visibility, key_range_of_block
+from .packing import documents_of_lengths, documents_of_positions, intersection, version_of
 
 MASK_ROWS = 256
 """Rows of a mask evaluated at a time, so that no L×L mask is ever stored."""
 
+CONTINUATION_ROWS = 64
+"""Query rows from which a call with a past runs in FP8: one row block of the kernels. Fewer rows are decoding, or the check of
+drafts, which must choose the tokens that decoding would."""
+
+HIDDEN = -1e8
+"""An additive mask entry this low hides its key: beside a visible one it would take a logit of 5·10⁷ to give it any weight."""
+
 _ranges = WeakTensorKeyDictionary()  # explicit 4D mask → (version, key ranges or None): one analysis for all layers
+_reaches = WeakTensorKeyDictionary()  # mask → (version, reach of its key ranges)
 
 
 def _ranges_by_rows(rows_of, query_length: int) -> Tensor | None:
     """Key ranges (B, Lq, 2) int32 of a mask given as rows_of(start, stop) → (B, rows, Lk) bool; None if a row has holes."""
-    pieces = []
+    pieces, contiguous = [], []
     for start in range(0, query_length, MASK_ROWS):
-        ranges, contiguous = key_range_of_block(rows_of(start, min(start + MASK_ROWS, query_length)))
-        if not bool(contiguous):
-            return None
+        ranges, whole = key_range_of_block(rows_of(start, min(start + MASK_ROWS, query_length)))
         pieces.append(ranges.to(torch.int32))
-    return torch.cat(pieces, dim=1)
+        contiguous.append(whole)
+    return torch.cat(pieces, dim=1) if bool(torch.stack(contiguous).all()) else None
 
 
 def key_range_of_mask(
-    mask: Tensor,  # (B, 1, Lq, Lk), bool (True = visible) or additive (0 = visible, ≤ half of finfo.min or -inf = hidden)
+    mask: Tensor,  # (B, 1 or H, Lq or 1, Lk), bool (True = visible) or additive (0 = visible, ≤ HIDDEN or -inf = hidden)
 ) -> Tensor | None:
-    """Key ranges (B, Lq, 2) of an explicit mask, or None when it is no mask of contiguous ranges (holes, biases, per head)."""
-    if mask.dim() != 4 or mask.shape[1] != 1:
+    """Key ranges (B, Lq or 1, 2) of an explicit mask, or None when it is no mask of contiguous ranges (holes, biases, heads
+    that differ)."""
+    version, known = version_of(mask), _ranges.get(mask)
+    if known is None or version is None or known[0] != version:
+        known = version, _analyse(mask)
+        _ranges[mask] = known
+    return known[1]
+
+
+def _analyse(mask: Tensor) -> Tensor | None:
+    first = mask[:, :1]
+    if mask.shape[1] != 1 and mask.stride(1) != 0 and not bool((mask == first).all()):
         return None
-    version = None if mask.is_inference() else mask._version  # inference tensors do not count their changes
-    known = _ranges.get(mask)
-    if known is not None and known[0] == version is not None:
-        return known[1]
-    if mask.dtype == torch.bool:
-        visible = mask[:, 0]
-    elif mask.is_floating_point():
-        hidden = mask[:, 0] <= torch.finfo(mask.dtype).min / 2
-        visible = ~hidden
-        if bool((mask[:, 0].masked_fill(hidden, 0) != 0).any()):
+    visible = first[:, 0]
+    if mask.is_floating_point():
+        hidden = visible <= max(torch.finfo(mask.dtype).min / 2, HIDDEN)
+        if bool((visible.masked_fill(hidden, 0) != 0).any()):
             return None
+        visible = ~hidden
+    elif mask.dtype != torch.bool:
+        return None
+    return _ranges_by_rows(lambda start, stop: visible[:, start:stop], mask.shape[2])
+
+
+def is_key_range(
+    mask: Tensor,  # 4D
+    key_length: int,
+) -> bool:
+    """Whether a mask holds the key ranges of `geoscale_mask`, (B, 1, Lq, 2) int32; it makes none where two keys could be meant."""
+    return mask.dtype == torch.int32 and mask.shape[-1] == 2 != key_length
+
+
+def reach_of_mask(mask: Tensor, key_range: Tensor) -> int:
+    """One past the last key that any row sees: how much of a static cache is filled and in view."""
+    version, known = version_of(mask), _reaches.get(mask)
+    if known is None or version is None or known[0] != version:
+        known = version, int(key_range[..., 1].amax())
+        _reaches[mask] = known
+    return known[1]
+
+
+def visibility_of_call(
+    mask: Tensor | None,  # (B or 1, 1 or H, Lq or 1, Lk), or key ranges (B, 1, Lq, 2)
+    batch: int,
+    query_length: int,
+    key_length: int,
+    causal: bool,
+    window: int | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+) -> Visibility | None:
+    """What an attention call may see, or None when ranges cannot express it. Keys beyond its `key_length` are not to be read.
+
+    A mask replaces the layer's own causal and window flags, as in SDPA. Documents come from `cu_seq_lens_q`, whatever the mask, and
+    without a mask from `position_ids`. transformers leaves the mask of longer keys out for the prompt of a static cache alone.
+
+    Raises:
+        ValueError: cumulative lengths that are not of this batch or contradict the positions; see `documents_of_lengths`.
+    """
+    documents = None
+    if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != query_length):
+        position_ids = None  # several axes of a picture, or positions of more than these rows
+    if cu_seq_lens_q is not None:
+        documents = documents_of_lengths(cu_seq_lens_q, cu_seq_lens_k, position_ids, batch, query_length)
+    if mask is None:
+        if causal and key_length > query_length:
+            key_length = query_length
+        if documents is None and position_ids is not None and key_length == query_length:
+            documents = documents_of_positions(position_ids)
+        key_range = None if documents is None else documents.expand(batch, -1, -1)
+        return Visibility(query_length, key_length, causal, window if causal else None, key_range)
+    if is_key_range(mask, key_length):
+        key_range = mask[:, 0]
+    elif mask.dim() == 4 and mask.shape[2] in (1, query_length) and mask.shape[3] == key_length:
+        key_range = key_range_of_mask(mask)
     else:
         return None
-    ranges = _ranges_by_rows(lambda start, stop: visible[:, start:stop], mask.shape[2])
-    _ranges[mask] = (version, ranges)
-    return ranges
+    if key_range is None:
+        return None
+    if key_length != query_length:
+        key_length = max(reach_of_mask(mask, key_range), 1)
+    if documents is not None:
+        key_range = intersection(key_range, documents)
+    return Visibility(query_length, key_length, False, None, key_range.expand(batch, query_length, -1))
 
 
 def geoscale_mask(
     batch_size: int,
     kv_length: int,
     q_length: int | None = None,
-    q_offset: int = 0,
-    cache_position: Tensor | None = None,  # transformers 4.57 passes this instead of q_length and q_offset
+    q_offset: int | Tensor = 0,
+    cache_position: Tensor | None = None,  # (Lq,), what transformers 4.57 passes instead of q_length and q_offset
     kv_offset: int = 0,
     mask_function=causal_mask_function,
-    attention_mask: Tensor | None = None,  # (B, ≥ Lk), 0 = padding
+    attention_mask: Tensor | None = None,  # (B, any length), 0 = padding; keys beyond its end are hidden
     allow_is_causal_skip: bool = True,
     device: torch.device | str | None = None,
     **kwargs,
@@ -64,28 +139,29 @@ def geoscale_mask(
     """Mask of one forward for the `geoscale` attention; registered with `AttentionMaskInterface`.
 
     Returns:
-        None where the layer's own causal and sliding-window flags say it all; key ranges (B, 1, Lq, 2) int32 for padding and
-        packing (4D, which transformers passes on untouched); SDPA's own mask wherever SDPA will run (with a cache) or ranges
-        cannot express the mask.
+        None where the layer's own causal and sliding-window flags say it all (the prompt of a static cache included); key ranges
+        (B, 1, Lq, 2) int32 for padding, packing and a past (4D, which transformers passes on untouched); SDPA's own mask wherever
+        SDPA will run (decoding) or ranges cannot express the mask.
     """
     if cache_position is not None:
-        q_length, q_offset, device = cache_position.shape[0], int(cache_position[0]), cache_position.device
-    if attention_mask is not None:
-        device = attention_mask.device
-    if q_length == kv_length and q_offset == 0 and kv_offset == 0:
-        padding = None if attention_mask is None else attention_mask[:, :kv_length].bool()
-        if padding is None or (padding.shape[-1] == kv_length and bool(padding.all())):
-            if allow_is_causal_skip:
-                return None
-            padding = None
-        if not kwargs.get("use_vmap", False) and (padding is None or padding.shape[-1] == kv_length):
-            ranges = _ranges_of_function(mask_function, padding, batch_size, kv_length, device)
+        q_length, device = cache_position.shape[0], cache_position.device
+        kwargs["cache_position"] = cache_position
+    else:
+        device = device if attention_mask is None else attention_mask.device
+        kwargs |= {"q_length": q_length, "q_offset": q_offset} | ({} if device is None else {"device": device})
+    decoding = q_length == 1 < kv_length
+    if q_length and not decoding and kv_length != 2 and not kwargs.get("use_vmap", False):
+        past = int(q_offset if cache_position is None else cache_position[0])
+        padding = _padding(attention_mask, kv_offset, kv_length)
+        plain = past == kv_offset == 0 and allow_is_causal_skip and _is_window_of_layer(kv_length, **kwargs)
+        if plain and (padding is None or bool(padding[:, :q_length].all())):
+            return None
+        if past == 0 or q_length >= CONTINUATION_ROWS:
+            rows = torch.arange(q_length, device=device) + past if cache_position is None else cache_position
+            keys = torch.arange(kv_length, device=device) + kv_offset
+            ranges = _ranges_of_function(mask_function, padding, batch_size, rows, keys)
             if ranges is not None:
                 return ranges[:, None]
-    if cache_position is None:
-        kwargs |= {"q_length": q_length, "q_offset": q_offset} | ({} if device is None else {"device": device})
-    else:
-        kwargs["cache_position"] = cache_position
     return sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
@@ -97,15 +173,32 @@ def geoscale_mask(
     )
 
 
-def _ranges_of_function(mask_function, padding: Tensor | None, batch_size: int, length: int, device) -> Tensor | None:
-    batch = torch.arange(batch_size, device=device)[:, None, None]
-    head = torch.zeros((), dtype=torch.long, device=device)
-    keys = torch.arange(length, device=device)[None, None, :]
+def _padding(attention_mask: Tensor | None, offset: int, length: int) -> Tensor | None:
+    """Which keys hold a token: (B, Lk) bool."""
+    if attention_mask is None:
+        return None
+    missing = offset + length - attention_mask.shape[1]
+    return F.pad(attention_mask.bool(), (0, max(missing, 0)))[:, offset : offset + length]
+
+
+def _is_window_of_layer(kv_length: int, local_size: int | None = None, config=None, **_) -> bool:
+    """Whether a causal mask, cut to `local_size`, is what the layer's own flags say: its sliding window is, a chunk is not."""
+    return local_size is None or kv_length < local_size or local_size == getattr(config, "sliding_window", None)
+
+
+def _ranges_of_function(
+    mask_function,
+    padding: Tensor | None,  # (B, Lk)
+    batch_size: int,
+    rows: Tensor,  # (Lq,) positions of the queries
+    keys: Tensor,  # (Lk,) positions of the keys
+) -> Tensor | None:
+    batch = torch.arange(batch_size, device=keys.device)[:, None, None]
+    head = torch.zeros((), dtype=torch.long, device=keys.device)
 
     def rows_of(start: int, stop: int) -> Tensor:
-        rows = torch.arange(start, stop, device=device)[None, :, None]
-        visible = mask_function(batch, head, rows, keys)
+        visible = mask_function(batch, head, rows[None, start:stop, None], keys[None, None])
         visible = visible if padding is None else visible & padding[:, None]
-        return visible.expand(batch_size, stop - start, length)
+        return visible.expand(batch_size, stop - start, keys.shape[0])
 
-    return _ranges_by_rows(rows_of, length)
+    return _ranges_by_rows(rows_of, rows.shape[0])

@@ -13,18 +13,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from hf_geoscale import (
     GeoScaleConfig,
     NonFiniteWeightsError,
-    UnsupportedAttentionError,
     UnsupportedModelError,
     geometry_report,
     patch_model,
     refresh_scales,
     unpatch_model,
 )
-from hf_geoscale.geometry import operand_bound
 from hf_geoscale.integrations import geoscale_layers
 
 from ..conftest import GPT2_SHAPE, SHAPE, tiny_model, tokens
-from ..tolerances import OUTPUT_ERROR
 
 
 def bounds(model) -> list[torch.Tensor]:
@@ -105,110 +102,6 @@ class TestPatching:
     def test_unpatching_an_unpatched_model_does_nothing(self):
         model = tiny_model("gpt2")
         assert unpatch_model(model) is model
-
-
-class TestStaleness:
-    @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
-    @pytest.mark.parametrize("kernel", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
-    def test_every_optimizer_kernel_is_noticed(self, optimizer, kernel):
-        """Fused kernels do not count as writes for torch, and are the Trainer's default."""
-        model, ids = patch_model(tiny_model("llama")), tokens(1, 20)
-        steps = optimizer(model.parameters(), lr=1.0, **kernel)
-        for _ in range(2):
-            model(ids, labels=ids).loss.backward()
-            steps.step()
-        model(ids)
-        for layer in geoscale_layers(model):
-            torch.testing.assert_close(
-                layer.geometry.q_bound, operand_bound(layer.site.projections()[0]), rtol=1e-12, atol=0
-            )
-        assert sum(row["overflows"] for row in geometry_report(model).rows) == 0
-
-    def test_weights_made_in_inference_mode(self):
-        with torch.inference_mode():
-            model, ids = tiny_model("llama"), tokens(1, 20)
-            patch_model(model)(ids)
-            model.model.layers[0].self_attn.q_proj.weight.mul_(9)
-            model(ids)
-            assert geometry_report(model).rows[0]["overflows"] == 0
-
-    def test_the_report_is_of_one_moment(self):
-        model, ids = patch_model(tiny_model("llama"), observe_logits=True), tokens(1, 20)
-        model(ids)
-        before = geometry_report(model).rows[0]
-        with torch.no_grad():
-            model.model.layers[0].self_attn.q_proj.weight.mul_(10)
-        after = geometry_report(model).rows[0]
-        assert max(after["q_bound"]) == pytest.approx(10 * max(before["q_bound"]))
-        assert all(
-            low <= high * (1 + 1e-9) for low, high in zip(after["sigma_lower"], after["sigma_upper"], strict=True)
-        )
-        assert after["q_amax"] is after["alpha_observed"] is after["logit_amax"] is None  # of other weights
-        assert after["utilisation"] == before["utilisation"]
-
-    def change(self, model, how: str) -> None:
-        weight = model.model.layers[0].self_attn.q_proj.weight
-        if how == "optimizer":
-            weight.grad = -torch.ones_like(weight)
-            torch.optim.SGD([weight], lr=1.0).step()
-        elif how == "load_state_dict":
-            state = {n: v.clone() for n, v in model.state_dict().items()}
-            state["model.layers.0.self_attn.q_proj.weight"] += 1
-            model.load_state_dict(state)
-        elif how == "new parameter":
-            model.model.layers[0].self_attn.q_proj.weight = nn.Parameter(weight.detach() + 1)
-        elif how == "norm gain":
-            with torch.no_grad():
-                model.model.layers[0].input_layernorm.weight.add_(10)
-        elif how == "dtype":
-            model.to(torch.bfloat16)
-
-    @pytest.mark.parametrize("how", ["optimizer", "load_state_dict", "new parameter", "norm gain"])
-    def test_a_forward_after_a_change_uses_new_scales(self, how):
-        model, ids = patch_model(tiny_model("llama")), tokens(1, 20)
-        model(ids)
-        old = bounds(model)[0]
-        self.change(model, how)
-        model(ids)
-        assert (bounds(model)[0] > 1.5 * old).all()
-        assert geometry_report(model).rows[0]["overflows"] == 0
-
-    def test_changing_dtype_refreshes(self):
-        model, ids = patch_model(tiny_model("llama")), tokens(1, 20)
-        old = geoscale_layers(model)[0].weights_version
-        self.change(model, "dtype")
-        model(ids)
-        assert geoscale_layers(model)[0].weights_version != old
-
-    def test_scales_made_in_inference_mode_serve_training(self):
-        model, ids = patch_model(tiny_model("llama")), tokens(1, 20)
-        self.change(model, "norm gain")
-        with torch.inference_mode():
-            mask = torch.ones(20, 20).tril().bool()[None, None]
-            model(ids, attention_mask=mask)
-            first = model(ids, attention_mask=mask).logits
-            mask[..., 10:, :10] = False  # no version counter tells of this
-            assert not torch.equal(model(ids, attention_mask=mask).logits, first)
-        model(ids, labels=ids).loss.backward()
-        assert model.model.layers[0].self_attn.q_proj.weight.grad.any()
-
-    def test_an_unchanged_model_is_not_measured_again(self, monkeypatch):
-        model, ids = patch_model(tiny_model("llama")), tokens(1, 20)
-        monkeypatch.setattr("hf_geoscale.integrations.layer.measure_layer", None)
-        model(ids)
-
-    def test_writes_through_data_need_refresh_scales(self):
-        model = patch_model(tiny_model("llama"))
-        old = bounds(model)[0]
-        model.model.layers[0].self_attn.q_proj.weight.data.mul_(5)
-        refresh_scales(model)
-        torch.testing.assert_close(bounds(model)[0], 5 * old)
-
-    def test_refresh_needs_a_patched_model(self):
-        with pytest.raises(ValueError, match="patch_model"):
-            refresh_scales(tiny_model("llama"))
-        with pytest.raises(ValueError, match="patch_model"):
-            geometry_report(tiny_model("llama"))
 
 
 class TestRefusals:
@@ -329,75 +222,6 @@ class TestRefusals:
         model.model.layers[0].input_layernorm = nn.Identity()
         with pytest.raises(UnsupportedModelError, match="Identity is not a LayerNorm or RMSNorm"):
             patch_model(model)
-
-
-class TestMasks:
-    def test_honoured_4d_masks(self):
-        model, ids = tiny_model("llama"), tokens(2, 24)
-        causal = torch.ones(24, 24).tril().bool()
-        blocks = causal & (torch.arange(24)[:, None] // 10 == torch.arange(24) // 10)
-        boolean = torch.stack([causal, blocks])[:, None]
-        additive = torch.zeros(2, 1, 24, 24).masked_fill(~boolean, torch.finfo(torch.float32).min)
-        exact = model(ids, attention_mask=boolean).logits
-        patch_model(model)
-        ours = [model(ids, attention_mask=mask).logits for mask in (boolean, additive)]
-        assert torch.equal(*ours)
-        assert float((ours[0] - exact).norm() / exact.norm()) < OUTPUT_ERROR
-        assert geometry_report(model).rows[0]["calls"] == 2
-
-    @pytest.mark.parametrize("kind", ["hole", "bias", "per head"])
-    def test_masks_that_cannot_be_honoured(self, kind):
-        model, ids = tiny_model("llama"), tokens(1, 24)
-        mask = torch.zeros(1, 1, 24, 24).masked_fill(torch.ones(24, 24).triu(1).bool(), torch.finfo(torch.float32).min)
-        if kind == "hole":
-            mask[..., 10:, 5] = torch.finfo(torch.float32).min
-        elif kind == "bias":
-            mask[..., 10, 5] = -0.5
-        else:
-            mask = mask.repeat(1, 4, 1, 1)
-            mask[:, 1, 20, 0] = torch.finfo(torch.float32).min
-        exact = model(ids, attention_mask=mask).logits
-        patch_model(model)
-        with pytest.raises(UnsupportedAttentionError, match=r"\(1, [14], 24, 24\) of torch.float32.*fallback='sdpa'"):
-            model(ids, attention_mask=mask)
-        patch_model(model, fallback="sdpa")
-        torch.testing.assert_close(model(ids, attention_mask=mask).logits, exact)
-        row = geometry_report(model).rows[0]
-        assert row["calls"] == 0
-        assert row["fallback_calls"] == 1
-
-    def test_a_mask_changed_in_place_is_read_again(self):
-        model, ids = patch_model(tiny_model("llama"), fallback="sdpa"), tokens(1, 24)
-        mask = torch.ones(24, 24).tril().bool()[None, None].clone()
-        first = model(ids, attention_mask=mask).logits
-        mask[..., 12:, :12] = False
-        assert not torch.equal(model(ids, attention_mask=mask).logits, first)
-
-    def test_padding_with_a_hole(self):
-        model, ids = patch_model(tiny_model("llama")), tokens(1, 24)
-        mask = torch.ones_like(ids)
-        mask[:, 10] = 0
-        with pytest.raises(UnsupportedAttentionError, match="no range of keys"):
-            model(ids, attention_mask=mask)
-
-    def test_what_neither_fp8_nor_sdpa_has_is_refused_even_with_a_fallback(self):
-        model = patch_model(tiny_model("llama"), fallback="sdpa")
-        with pytest.raises(UnsupportedAttentionError, match="attention probabilities"):
-            model(tokens(1, 8), output_attentions=True)
-        attention = model.model.layers[0].self_attn
-        x = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16)
-        from hf_geoscale.integrations.attention import geoscale_attention_forward
-
-        for option, named in (({"softcap": 30.0}, "soft cap"), ({"s_aux": torch.zeros(4)}, "attention sinks")):
-            with pytest.raises(UnsupportedAttentionError, match=named):
-                geoscale_attention_forward(attention, *x, None, **option)
-
-    def test_one_mask_for_the_whole_batch(self):
-        model, ids = tiny_model("llama"), tokens(2, 24)
-        mask = torch.ones(24, 24).tril().bool()[None, None]
-        exact = model(ids, attention_mask=mask).logits
-        patch_model(model)
-        assert float((model(ids, attention_mask=mask).logits - exact).norm() / exact.norm()) < OUTPUT_ERROR
 
 
 class TestConfig:
