@@ -155,7 +155,12 @@ class GeoScaleCallback(TrainerCallback):
             self.overflows = overflows
             config = self.layers[0].config
             certified = config.scaling == "geometry" and config.bound == "certified"
-            exceeded = any(layer.statistics.overflows_by_operand.keys() - {"logit gradient"} for layer in self.layers)
+            exceeded = any(
+                count
+                for layer in self.layers
+                for operand, count in layer.statistics.overflows_by_operand.items()
+                if operand != "logit gradient"
+            )
             reason = f"scaling={config.scaling!r}, bound={config.bound!r} excludes none"
             if certified and exceeded:
                 reason = "a certificate was exceeded, please report it"

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from transformers import TrainerState
 
 from hf_geoscale import GeoScaleCallback, geometry_report, patch_model
 from hf_geoscale.geometry import operand_bound
@@ -65,13 +66,19 @@ class TestFloat16:
             "logit gradient"
         }
 
-    def test_an_infinite_gradient_is_not_called_a_broken_certificate(self, tmp_path, caplog):
-        model = tiny_model("llama")
-        run = trainer(model, tmp_path, GeoScaleCallback(), steps=1)
-        model.lm_head.register_full_backward_hook(lambda module, grad, _: (grad[0] * math.inf,))
+    def test_an_infinite_gradient_is_not_called_a_broken_certificate(self, caplog):
+        model, callback = patch_model(tiny_model("llama")), GeoScaleCallback()
+        callback.layers = geoscale_layers(model)
+        state = TrainerState()
+        (model(tokens(2, 24)).logits.sum() * math.inf).backward()
         with caplog.at_level(logging.WARNING):
-            run.train()
+            callback.on_log(None, state, None, logs={})
         assert "FP8 overflows so far; only of gradients that came in as Inf or NaN" in caplog.text
+        caplog.clear()
+        callback.layers[0].statistics.add_overflow("q", torch.ones((), dtype=torch.int64))
+        with caplog.at_level(logging.WARNING):
+            callback.on_log(None, state, None, logs={})
+        assert "a certificate was exceeded, please report it" in caplog.text
 
     @pytest.mark.gpu
     def test_trainer(self, tmp_path):
