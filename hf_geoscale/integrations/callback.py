@@ -73,13 +73,20 @@ class GeoScaleCallback(TrainerCallback):
         self.overflows = 0
 
     def attach(self, trainer) -> "GeoScaleCallback":
-        """Add this callback ahead of the trainer's reporters, so that they receive the metrics too; returns it."""
+        """Add this callback ahead of the trainer's reporters, so that they receive the metrics too; returns it.
+
+        A reference model that the trainer holds (TRL's `ref_model`) is patched like the trained one, so that the two sets of
+        log-probabilities compared by the loss have the same numerics.
+        """
         callbacks = trainer.callback_handler.callbacks
         if self in callbacks:
             callbacks.remove(self)
         else:
             self.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
         callbacks.insert(0, self)
+        reference = getattr(trainer, "ref_model", None)
+        if reference is not None:
+            patch_model(trainer.accelerator.unwrap_model(reference), patched_layers(trainer.model)[0].config)
         return self
 
     def _refresh(self, model: nn.Module) -> None:
@@ -148,11 +155,17 @@ class GeoScaleCallback(TrainerCallback):
             self.overflows = overflows
             config = self.layers[0].config
             certified = config.scaling == "geometry" and config.bound == "certified"
-            reason = (
-                "a certificate was exceeded, please report it"
-                if certified
-                else f"scaling={config.scaling!r}, bound={config.bound!r} excludes none"
+            exceeded = any(
+                count
+                for layer in self.layers
+                for operand, count in layer.statistics.overflows_by_operand.items()
+                if operand != "logit gradient"
             )
+            reason = f"scaling={config.scaling!r}, bound={config.bound!r} excludes none"
+            if certified and exceeded:
+                reason = "a certificate was exceeded, please report it"
+            elif certified:  # no finite dO overflows dS8: docs/numerics.md
+                reason = "only of gradients that came in as Inf or NaN, in steps that fp16's GradScaler skips"
             logger.warning("geoscale: %d FP8 overflows so far; %s", self.overflows, reason)
         logs.update(metrics)
         if state.log_history:

@@ -1,11 +1,13 @@
 """Swap the attention of a model in place, and swap it back."""
 
 import copy
+import inspect
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -24,9 +26,10 @@ logger = logging.getLogger(__name__)
 NAME = "geoscale"
 """The attention implementation's name in transformers, on the attention and on the mask interface."""
 
-# At import, so that an unpickled patched model finds them in a new process.
-AttentionInterface.register(NAME, geoscale_attention_forward)
-AttentionMaskInterface.register(NAME, geoscale_mask)
+# At import, so that an unpickled patched model finds them in a new process. torch.compile leaves both out of its graphs: they read
+# the weights' versions and count calls, which a graph would freeze, and a CUDA graph would replay with old scales.
+AttentionInterface.register(NAME, torch.compiler.disable(geoscale_attention_forward))
+AttentionMaskInterface.register(NAME, torch.compiler.disable(geoscale_mask))
 
 
 def patched_modules(model: nn.Module) -> Iterator[tuple[Any, PatchedLayer]]:
@@ -52,6 +55,35 @@ def _measure_all(layers: list[GeoScaleLayer]) -> list[tuple[GeoScaleLayer, Layer
     measured = [(layer, *layer.measure()) for layer in layers]
     check_finite([(layer, geometry) for layer, geometry, _ in measured])
     return measured
+
+
+def _replaced_forward(attention: nn.Module) -> str | None:
+    """The Python module whose function replaced an attention's forward and calls no attention interface; None if none did.
+
+    Unsloth and its kin do this to transformers' classes. Wrappers, such as accelerate's hooks, and subclasses that call
+    `super().forward` still reach the interface.
+    """
+    forward: Any = inspect.unwrap(attention.forward)
+    origin = getattr(forward, "__module__", None) or type(forward).__module__
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    if origin.startswith("transformers.") or "ALL_ATTENTION_FUNCTIONS" in names or "super" in names:
+        return None
+    return origin
+
+
+def _warn_of_replaced_forwards(layers: list[GeoScaleLayer]) -> None:
+    replaced = {layer.name: _replaced_forward(layer.site.attention) for layer in layers}
+    names = [name for name, origin in replaced.items() if origin is not None]
+    if names:
+        logger.warning(
+            "geoscale: %s replaced the forward of %s (%d of %d layers), and its code does not call transformers' attention "
+            "interface: FP8 attention will not run there. Load the model without that library, or check the calls in "
+            "geometry_report(model)",
+            replaced[names[0]],
+            names[0],
+            len(names),
+            len(layers),
+        )
 
 
 def _count_unsupported(model: PreTrainedModel, config: GeoScaleConfig, error: UnsupportedModelError) -> None:
@@ -135,6 +167,8 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
         return outer
     unpatch_model(model)
     original = model.config._attn_implementation
+    if original == NAME:  # the name alone, copied from a patched model's config, as TRL does for its reference model
+        original = "sdpa"
     for layer, geometry, version in measured:
         layer.install(geometry, version)
     _own_config(outer, model)
@@ -148,6 +182,7 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
         raise UnsupportedModelError(
             f"{type(model).__name__} does not use transformers' attention interface; it cannot be patched"
         )
+    _warn_of_replaced_forwards(layers)
     return outer
 
 
