@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UnsupportedModelError
 from ..geometry import Projection
 from ..kernels import check_head_dim
+from .sharding import parameter_versions
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class AttentionSite:
     def softmax_scale(self) -> float:
         return FAMILIES[self.family].softmax_scale(self.attention)
 
+    def modules(self) -> list[nn.Module]:
+        """The norm and the projections, whose parameters decide the scales."""
+        return [self.input_norm, *(getattr(self.attention, name) for name in FAMILIES[self.family].modules)]
+
     def projections(self) -> tuple[Projection, Projection, Projection]:
         """The affine maps from the normalised token to q, k and v, with today's weights.
 
@@ -51,7 +56,7 @@ class AttentionSite:
     def version(self) -> tuple:
         """Changes whenever a weight is replaced or written in place, and with every step of any torch optimizer.
 
-        (Fused optimizers do not count as writes for torch, hence the steps; writes through `.data` are invisible to both.)
+        (Fused optimizers do not count as writes for torch, hence the steps; see `parameter_versions` for what is invisible.)
         """
         return FAMILIES[self.family].version(self)
 
@@ -68,11 +73,7 @@ class Family:
     softmax_scale: Callable[[Any], float]
 
     def version(self, site: AttentionSite) -> tuple:
-        modules = [site.input_norm, *(getattr(site.attention, name) for name in self.modules)]
-        parameters = [p for module in modules for p in module.parameters()]
-        # An inference tensor counts no changes: a new object differs from every earlier version.
-        writes = [(p.data_ptr(), object() if p.is_inference() else p._version) for p in parameters]
-        return (_optimizer_steps, *writes)
+        return (_optimizer_steps, *parameter_versions(site.modules()))
 
 
 _optimizer_steps = 0  # of any optimizer in this process

@@ -17,6 +17,7 @@ from .attention import geoscale_attention_forward
 from .families import attention_sites
 from .layer import GeoScaleLayer, PatchedLayer, check_finite, model_alpha_min
 from .masks import geoscale_mask
+from .sharding import enclosing_modules, refuse_parallelism
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,20 @@ def geoscale_layers(model: nn.Module) -> list[GeoScaleLayer]:
 
 
 def _measure_all(layers: list[GeoScaleLayer]) -> list[tuple[GeoScaleLayer, LayerGeometry, tuple]]:
-    """Fresh geometry of every layer, all finite, nothing installed yet."""
-    measured = [(layer, *layer.measure()) for layer in layers]
+    """Fresh geometry of every layer whose weights can be read now, all finite, nothing installed yet."""
+    measured = [(layer, *layer.measure()) for layer in layers if layer.measurable]
     check_finite([(layer, geometry) for layer, geometry, _ in measured])
     return measured
+
+
+def _install_all(layers: list[GeoScaleLayer], measured: list[tuple[GeoScaleLayer, LayerGeometry, tuple]]) -> None:
+    """Use these geometries; layers without one measure in their next forward."""
+    found = {id(layer): (geometry, version) for layer, geometry, version in measured}
+    for layer in layers:
+        if id(layer) in found:
+            layer.install(*found[id(layer)])
+        else:
+            layer.mark_stale()
 
 
 def _count_unsupported(model: PreTrainedModel, config: GeoScaleConfig, error: UnsupportedModelError) -> None:
@@ -62,7 +73,7 @@ def _count_unsupported(model: PreTrainedModel, config: GeoScaleConfig, error: Un
     implementation = model.config._attn_implementation
     for module in innermost:
         layer = PatchedLayer(config, type(module).__name__, str(error))
-        layer.hook = module.register_forward_pre_hook(layer.count_unsupported)
+        layer.hooks.append(module.register_forward_pre_hook(layer.count_unsupported))
         _attach(module, layer, implementation)
     logger.warning("geoscale: attention stays %r, counted in geometry_report: %s", implementation, error)
 
@@ -84,7 +95,8 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
     """Run this model's attention in FP8, forward and backward, with scales read off its weights.
 
     In place, on this instance alone; patching again with the same configuration changes nothing, with another one replaces
-    it. The model gets its own copy of its config. Parameters, buffers and checkpoints are untouched.
+    it. The model gets its own copy of its config. Parameters, buffers and checkpoints are untouched. Weights that FSDP2 shards,
+    now or later, or that are still on the meta device, are measured in the first forward, where FSDP has gathered them.
 
     Args:
         model: a Llama, Mistral, Qwen2, Qwen3 or GPT-2 model, headless or with any head.
@@ -116,7 +128,9 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
                     f"bound='rank_aware' needs a low-rank interaction of queries and keys; {type(model).__name__} normalises "
                     "each head after its projection. Use bound='certified'"
                 )
-        layers = [GeoScaleLayer(site, config, alpha) for site in sites]
+        refuse_parallelism(model)
+        around = enclosing_modules(model)
+        layers = [GeoScaleLayer(site, config, alpha, around[site.attention]) for site in sites]
         measured = _measure_all(layers)
     except UnsupportedModelError as error:
         if config.fallback != "sdpa":
@@ -126,8 +140,7 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
         return model
     unpatch_model(model)
     original = model.config._attn_implementation
-    for layer, geometry, version in measured:
-        layer.install(geometry, version)
+    _install_all(layers, measured)
     _own_config(model)
     for layer in layers:
         _attach(layer.site.attention, layer, original)
@@ -148,8 +161,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     original: str | None = None
     for module, layer in list(patched_modules(model)):
         original = module.geoscale_replaced
-        if layer.hook is not None:
-            layer.hook.remove()
+        layer.remove_hooks()
         del module.geoscale, module.geoscale_replaced, module.extra_repr
     if original is not None:
         model.set_attn_implementation(original)
@@ -160,7 +172,8 @@ def refresh_scales(model: nn.Module) -> None:
     """Recompute every scale from the current weights, all layers or none.
 
     A forward that finds its layer's weights changed does this for that layer by itself; call it after writes that torch
-    cannot see (through `param.data`), or to pay the cost outside the forward.
+    cannot see (through `param.data`), or to pay the cost outside the forward. Layers that FSDP2 shards are marked, and
+    measured in their next forward: no collective runs here, but every process must call it.
 
     Raises:
         ValueError: the model is not patched.
@@ -169,8 +182,8 @@ def refresh_scales(model: nn.Module) -> None:
     """
     if not patched_layers(model):
         raise ValueError("refresh_scales needs a patched model: call patch_model(model) first")
-    for layer, geometry, version in _measure_all(geoscale_layers(model)):
-        layer.install(geometry, version)
+    layers = geoscale_layers(model)
+    _install_all(layers, _measure_all(layers))
 
 
 def scaling_state_dict(model: nn.Module) -> list[dict]:
