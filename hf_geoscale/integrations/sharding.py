@@ -135,7 +135,7 @@ def refuse_unreadable(modules: Iterable[nn.Module], where: str) -> None:
         if hasattr(parameter, "ds_id"):
             raise UnsupportedModelError(
                 f"{where} is partitioned by DeepSpeed ZeRO-3, which gathers single projections, not whole layers; "
-                "use FSDP2 (accelerate: fsdp_version: 2), or ZeRO-1 or 2"
+                "use FSDP2 (accelerate: fsdp_version: 2)"
             )
 
 
