@@ -102,7 +102,7 @@ class GeoScaleLayer(PatchedLayer):
             UnsupportedModelError: weights that cannot be read; NonFiniteWeightsError is left to `check_finite`.
         """
         refuse_parallelism()
-        refuse_unreadable(self.site.modules(), self.name)
+        refuse_unreadable(self.site.modules(), self.name, self.enclosing)
         version = self.site.version()
         device = self.site.parameters()[0].device
         vectors = None if self.geometry is None else self.geometry.vectors
@@ -136,8 +136,14 @@ class GeoScaleLayer(PatchedLayer):
         return can_be_read(self.site.modules())
 
     def mark_stale(self) -> None:
-        """Measure again in the next forward."""
+        """Measure again in the next forward.
+
+        Raises:
+            UnsupportedModelError: weights that no FSDP2 module around this attention will gather.
+        """
         self.follow_sharding()
+        if not self.hooks:
+            refuse_unreadable(self.site.modules(), self.name)
         self.weights_version = None
 
     def follow_sharding(self) -> None:

@@ -116,27 +116,31 @@ def enclosing_modules(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, ...]
 def can_be_read(modules: Iterable[nn.Module]) -> bool:
     """Whether the weights are here, outside a forward: not in shards, on the meta device, or still to come from rank 0."""
     parameters = [parameter for _, _, parameter in _parameters(modules)]
-    return not (is_fsdp_enabled() or any(map(is_shard, parameters)) or all(p.is_meta for p in parameters))
+    absent = bool(parameters) and all(p.is_meta for p in parameters)
+    return not (is_fsdp_enabled() or absent or any(map(is_shard, parameters)))
 
 
-def refuse_unreadable(modules: Iterable[nn.Module], where: str) -> None:
+def refuse_unreadable(modules: Iterable[nn.Module], where: str, enclosing: Iterable[nn.Module] = ()) -> None:
     """Raise UnsupportedModelError, naming the remedy, for weights that are not whole while their layer runs."""
+    modules = list(modules)
     for _, _, parameter in _parameters(modules):
         if is_shard(parameter):
+            what = "(a DTensor) while its attention runs" if fsdp_units(enclosing) else "by tensor parallelism"
             raise UnsupportedModelError(
-                f"{where} is sharded (a DTensor) while its attention runs: tensor parallelism, or FSDP2 on single projections. "
-                "Apply fully_shard to whole decoder layers (accelerate: fsdp_transformer_layer_cls_to_wrap), without a tp_plan"
-            )
-        if getattr(parameter, "_fsdp_flattened", False):
-            raise UnsupportedModelError(
-                f"{where} is sharded by FSDP1 (FullyShardedDataParallel), whose flat parameters hide when a weight was written; "
-                "use FSDP2 (fully_shard; accelerate: fsdp_version: 2)"
+                f"{where} is sharded {what}; its certificates need whole weights. Apply fully_shard to whole decoder layers "
+                "(accelerate: fsdp_transformer_layer_cls_to_wrap), without a tp_plan"
             )
         if hasattr(parameter, "ds_id"):
             raise UnsupportedModelError(
                 f"{where} is partitioned by DeepSpeed ZeRO-3, which gathers single projections, not whole layers; "
                 "use FSDP2 (accelerate: fsdp_version: 2)"
             )
+    flat = any("weight" in module.__dict__ for module in modules)  # use_orig_params=False leaves no parameters
+    if flat or any(getattr(parameter, "_fsdp_flattened", False) for _, _, parameter in _parameters(modules)):
+        raise UnsupportedModelError(
+            f"{where} is sharded by FSDP1 (FullyShardedDataParallel), whose flat parameters hide when a weight was written; "
+            "use FSDP2 (fully_shard; accelerate: fsdp_version: 2)"
+        )
 
 
 def refuse_parallelism(model: Any = None) -> None:

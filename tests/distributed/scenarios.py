@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
@@ -14,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -121,6 +123,12 @@ def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: (p.full_tensor() if is_shard(p) else p).cpu().clone() for name, p in state.items()}
 
 
+def reshard_all(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def true_scales(model: nn.Module, device: str) -> list[torch.Tensor]:
     """Scales of an unsharded model with the same weights."""
     plain = tiny_model("llama", seed=1)
@@ -146,9 +154,8 @@ def order(device: str, when: str) -> dict:
     shard(model, device)
     if when == "meta":
         model.to_empty(device=device)
-        rotary = model.model.rotary_emb
-        inv_freq, rotary.attention_scaling = rotary.compute_default_rope_parameters(model.config, device)
-        rotary.inv_freq = rotary.original_inv_freq = inv_freq
+        for name, buffer in tiny_model("llama").model.rotary_emb.named_buffers():
+            setattr(model.model.rotary_emb, name, buffer.to(device))
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, {n: p.to(device) for n, p in weights.items()}, options=options)
     if when == "after":
@@ -160,7 +167,7 @@ def order(device: str, when: str) -> dict:
         "measured while patching": any(measured_while_patching),
         "sigma_upper": rows[0]["sigma_upper"],
         "q_bound": geometry_report(model).rows[0]["q_bound"],
-        "markdown": geometry_report(model).to_markdown(),
+        "σ upper in the table": geometry_report(model).to_markdown().splitlines()[2].split(" | ")[2],
     }
 
 
@@ -228,15 +235,13 @@ def writes(device: str, reshard: bool) -> dict[str, tuple[bool, int, int]]:
     same_scales(model, device)
     found = {}
     for name, write in WRITES.items():
-        for layer in model.model.layers:
-            layer.reshard()
+        reshard_all(model)
         write(model, device)
         with counting_measurements() as first:
             model(input_ids=local_batch(device))
         measured = first[0]
         used = scales_of(model)
-        for layer in model.model.layers:
-            layer.reshard()
+        reshard_all(model)
         fresh = all(torch.equal(a, b) for a, b in zip(used, true_scales(model, device), strict=True))
         with counting_measurements() as again:
             model(input_ids=local_batch(device)).logits.sum().backward()
@@ -255,19 +260,13 @@ def refusal(device: str, what: str) -> str:
             patch_model(model)
             fully_shard(block.self_attn.q_proj, mesh=mesh(device))
             shard(model, device)
-            block.register_forward_pre_hook(lambda *_: block.self_attn.q_proj.reshard())
-            # its own unit: whole in q_proj's forward alone
         elif what == "tensor parallel":
             parallelize_module(block.self_attn.q_proj, mesh(device), ColwiseParallel())
             patch_model(model)
-        elif what == "fsdp1":
+        else:
             patch_model(model)
-            model = FullyShardedDataParallel(model, device_id=None if device == "cpu" else torch.cuda.current_device())
-        elif what == "fsdp1, flat":
-            patch_model(model)
-            model = FullyShardedDataParallel(
-                model, use_orig_params=False, device_id=None if device == "cpu" else torch.cuda.current_device()
-            )
+            flat = what == "FSDP1, flat"
+            model = FullyShardedDataParallel(model, device_id=dist.get_rank(), use_orig_params=not flat)
         model(input_ids=local_batch(device))
     except UnsupportedModelError as error:
         return str(error)
@@ -328,3 +327,40 @@ def resume(device: str, folder: str) -> tuple[list[float], list[float]]:
     checkpoint.load(state, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return expected, steps(model, optimizer)
+
+
+def accelerate_fsdp2(device: str) -> dict:
+    """A raw Accelerate loop with its FSDP2 plugin, mixed precision and activation checkpointing; scales and losses."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        reshard_after_forward=True,
+        activation_checkpointing=True,
+        cpu_ram_efficient_loading=True,
+    )
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16", fsdp_plugin=plugin)
+    if device == "cpu":  # accelerate shards on accelerators alone; its code for it runs on the CPU too
+        accelerator.state.fsdp_plugin, accelerator.state.distributed_type = plugin, DistributedType.FSDP
+        plugin.set_mixed_precision("bf16")
+    try:
+        # With cpu_ram_efficient_loading only rank 0 holds the weights, the others' are replaced.
+        model = patch_model(tiny_model("llama", seed=dist.get_rank()).to(device).train())
+        model.config.use_cache = False  # a recomputed forward would append to the cache again
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        batch = local_batch(device)
+        found: dict = {"losses": [], "scales": [], "measured": []}
+        for _ in range(3):
+            with counting_measurements() as measured:
+                loss = model(input_ids=batch, labels=batch).loss
+                accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            refresh_scales(model)
+            found["losses"].append(mean(loss))
+            found["scales"].append(scales_of(model))
+            found["measured"].append(measured[0])
+        found["sharded"] = all(is_shard(p) for p in model.parameters())
+        return found
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
