@@ -1,5 +1,6 @@
 """`accelerate launch` with the shipped configurations, and accelerate's own FSDP2."""
 
+import os
 import re
 import subprocess
 import sys
@@ -15,28 +16,27 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
-def launch(configuration: str, folder: Path, *command) -> str:
-    text = (EXAMPLES / "accelerate" / configuration).read_text()
-    if torch.cuda.device_count() < 2:
-        text += "use_cpu: true\n"
-    (folder / configuration).write_text(text)
-    command = [*LAUNCH, "--config_file", folder / configuration, "--main_process_port", "0", *command]
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=400)
+def launch(configuration: str, *command) -> str:
+    """Output of a launch, on two GPUs or else on the CPU, with gloo."""
+    command = [*LAUNCH, "--config_file", EXAMPLES / "accelerate" / configuration, "--main_process_port", "0", *command]
+    environment = os.environ | ({} if torch.cuda.device_count() > 1 else {"ACCELERATE_USE_CPU": "true"})
+    command = [str(c) for c in command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stdout
 
 
 @pytest.mark.feature("DDP")
 def test_trainer_with_ddp(tiny_folder, text_file, tmp_path):  # noqa: F811
-    out = launch("ddp.yaml", tmp_path, EXAMPLES / "trainer.py", tiny_folder, text_file, tmp_path)
+    out = launch("ddp.yaml", EXAMPLES / "trainer.py", tiny_folder, text_file, tmp_path)
     assert out.count("'loss'") == 20  # of one process
     assert out.count("geoscale/overflows") >= 20
     assert (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.feature("DDP")
-def test_raw_loop_with_ddp(tiny_folder, text_file, tmp_path):  # noqa: F811
-    out = launch("ddp.yaml", tmp_path, EXAMPLES / "accelerate_loop.py", tiny_folder, text_file)
+def test_raw_loop_with_ddp(tiny_folder, text_file):  # noqa: F811
+    out = launch("ddp.yaml", EXAMPLES / "accelerate_loop.py", tiny_folder, text_file)
     assert out.count("step 20: loss") == 1
     assert "| utilisation | overflows |" in out
 
@@ -48,7 +48,7 @@ def test_fsdp2(tiny_folder, text_file, tmp_path, script):  # noqa: F811
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     output = [tmp_path] if script == "trainer.py" else []
-    out = launch("fsdp2.yaml", tmp_path, EXAMPLES / script, tiny_folder, text_file, *output)
+    out = launch("fsdp2.yaml", EXAMPLES / script, tiny_folder, text_file, *output)
     assert re.search("geoscale/overflows|step 20: loss", out)
 
 
