@@ -25,6 +25,9 @@ FLIPPED_ROUNDINGS = 1e-3
 """Relative change of an attention output when float32 round-off moves some P̃ across a tie of E4M3: about one in 10⁵ lies that
 close (2⁻²³·|S| of a 2⁻³ step), each moves by 2⁻³: √10⁻⁵·2⁻³ = 4e-4, with a factor of 2.5."""
 
+BF16_LOSSES = 2.0**-8
+"""Relative difference of losses over a few steps whose gradients were rounded to BF16 (unit roundoff 2⁻⁸) in other sums."""
+
 FLOAT64_ROUNDOFF = 1e-9
 """Relative slack of comparisons with a float64 singular-value decomposition."""
 

@@ -51,7 +51,8 @@ class GeoScaleCallback(TrainerCallback):
 
     Each log gains `geoscale/utilisation` (worst entry/certificate since the last log), `geoscale/overflows` (total so far),
     `geoscale/sigma_drift` (largest relative change of a head's σ at the last refresh) and `geoscale/refresh_seconds` (since
-    the last log), all of this process. Reporters such as W&B run before user callbacks: `attach(trainer)` puts this one first.
+    the last log, without the forwards in which layers sharded by FSDP2 measure themselves), all of this process: nothing is
+    reduced over processes. Reporters such as W&B run before user callbacks: `attach(trainer)` puts this one first.
 
     Args:
         every_n_steps: N ≥ 1, optimizer steps between refreshes.
@@ -66,8 +67,6 @@ class GeoScaleCallback(TrainerCallback):
         self.layers: list[GeoScaleLayer] = []
         self.steps = 0  # since the last refresh
         self.drift = 0.0  # bound of any weight's movement since then
-        self.drift_budget = 0.0
-        self.weight_amax = self.weight_epsilon = 0.0
         self.seconds = 0.0  # spent on refreshes since the last log
         self.calls_before: dict[int, int] | None = None  # calls by layer when training began
         self.overflows = 0
@@ -94,12 +93,17 @@ class GeoScaleCallback(TrainerCallback):
         refresh_scales(model)
         self.layers = geoscale_layers(model)
         self.steps, self.drift = 0, 0.0
-        if self.every_n_steps > 1:
-            self.drift_budget = min((layer.max_weight_drift for layer in self.layers), default=math.inf)
-            weights = [p for layer in self.layers for p in layer.site.parameters()]
-            self.weight_amax = max((float(w.detach().abs().amax()) for w in weights), default=0.0)
-            self.weight_epsilon = max((torch.finfo(w.dtype).eps for w in weights), default=0.0)
         self.seconds += time.perf_counter() - started
+
+    def _step_drift(self, optimizer) -> float:
+        """Bound of what this step moved any weight by, from what was measured: the same on every process."""
+        amax = max((layer.weight_amax for layer in self.layers), default=0.0)
+        epsilon = max((layer.weight_epsilon for layer in self.layers), default=0.0)
+        moved = adam_step_bound(optimizer, amax, epsilon)
+        if moved is None:
+            return math.inf
+        # FSDP2 may have rounded the measured weights when it gathered them: another half unit in the last place, once.
+        return moved + (amax * epsilon / 2 if self.steps == 1 else 0.0)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if model is not None and not patched_layers(model):
@@ -113,9 +117,8 @@ class GeoScaleCallback(TrainerCallback):
         self.steps += 1
         due = self.steps >= self.every_n_steps
         if not due:
-            moved = adam_step_bound(optimizer, self.weight_amax, self.weight_epsilon)
-            self.drift += math.inf if moved is None else moved
-            due = self.drift > self.drift_budget
+            self.drift += self._step_drift(optimizer)
+            due = self.drift > min((layer.max_weight_drift for layer in self.layers), default=math.inf)
         if due:
             self._refresh(model)
         else:

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config import GeoScaleConfig
@@ -13,6 +13,14 @@ from ..geometry import LayerGeometry, alpha_min, measure_layer
 from ..kernels import AttentionStatistics
 from ..scaling import E4M3, CallOperands, QuantScales, strategy_of
 from .families import AttentionSite
+from .sharding import (
+    can_be_read,
+    follow_shards,
+    fsdp_units,
+    look_at_shards,
+    refuse_parallelism,
+    refuse_unreadable,
+)
 
 DEFAULT_LENGTH = 4096
 """Tokens assumed by the rank-aware bound where neither the config nor the model states a maximum (a guess)."""
@@ -40,11 +48,15 @@ class PatchedLayer:
         self.reason = reason  # why it is only counted
         self.calls = 0  # run in FP8
         self.delegated: Counter[str] = Counter()  # run by SDPA, by reason
-        self.hook: RemovableHandle | None = None  # counts the calls of an unsupported model
+        self.hooks: list[RemovableHandle] = []
 
     def describe(self) -> str:
         """One line of numerics for `print(model)`."""
         return f"geoscale: attention unchanged ({self.reason})"
+
+    def remove_hooks(self) -> None:
+        while self.hooks:
+            self.hooks.pop().remove()
 
     def count_unsupported(self, *_) -> None:
         """Forward pre-hook of an attention module of an unsupported model."""
@@ -56,14 +68,27 @@ class GeoScaleLayer(PatchedLayer):
 
     Nothing of it enters a checkpoint: everything is recomputed from the weights. A layer refreshes itself when a forward
     finds its weights changed (loaded, stepped, moved), unless somebody who bounded the change has called `accept_drift`.
+    Weights that FSDP2 shards are only measured there, where FSDP has gathered them; see `sharding`.
+
+    Args:
+        enclosing: the attention module and all modules around it, where FSDP2 may shard it.
     """
 
-    def __init__(self, site: AttentionSite, config: GeoScaleConfig, alpha: float | None = None):
+    def __init__(
+        self,
+        site: AttentionSite,
+        config: GeoScaleConfig,
+        alpha: float | None = None,
+        enclosing: tuple[nn.Module, ...] = (),
+    ):
         super().__init__(config, f"{site.family} layer {site.layer}")
         self.site = site
+        self.enclosing = enclosing
+        self.follows_shards = False
         self.scaling = strategy_of(config, alpha)
         self.geometry: LayerGeometry | None = None
-        self.weights_version: tuple | None = None
+        self.weights_version: tuple | None = None  # None: stale
+        self.weight_amax = self.weight_epsilon = 0.0  # of the measured weights, where headroom leaves room for drift
         self.sigma_drift = torch.zeros(())  # largest relative change of sigma_lower at the last refresh
         self.statistics = AttentionStatistics(config.observe_logits)
         self.observed: dict[str, Tensor] = {}  # operand → (H,), largest magnitude in real units since the last refresh
@@ -72,7 +97,13 @@ class GeoScaleLayer(PatchedLayer):
         self.peak_logit_utilisation: Tensor | None = None  # () of quantised logits, since patching
 
     def measure(self) -> tuple[LayerGeometry, tuple]:
-        """Geometry of today's weights and their version; changes nothing."""
+        """Geometry of today's weights and their version; changes nothing.
+
+        Raises:
+            UnsupportedModelError: weights that cannot be read; NonFiniteWeightsError is left to `check_finite`.
+        """
+        refuse_parallelism()
+        refuse_unreadable(self.site.weight_modules(), self.name, self.enclosing)
         version = self.site.version()
         device = self.site.parameters()[0].device
         vectors = None if self.geometry is None else self.geometry.vectors
@@ -95,9 +126,43 @@ class GeoScaleLayer(PatchedLayer):
             self.sigma_drift = (geometry.sigma_lower / old.clamp_min(torch.finfo(old.dtype).tiny) - 1).abs().amax()
         self.scaling.refresh(geometry)
         self.geometry, self.weights_version = geometry, version
+        if self.config.headroom > 1:
+            weights = [p.detach() for p in self.site.parameters()]
+            self.weight_amax = max(float(w.abs().amax()) for w in weights)
+            self.weight_epsilon = max(torch.finfo(w.dtype).eps for w in weights)
+
+    @property
+    def measurable(self) -> bool:
+        """Whether the weights can be read outside a forward; those that FSDP2 shards cannot."""
+        return can_be_read(self.site.weight_modules())
+
+    def mark_stale(self) -> None:
+        """Measure again in the next forward.
+
+        Raises:
+            UnsupportedModelError: weights that no FSDP2 module around this attention will gather.
+        """
+        self.follow_sharding()
+        if not self.follows_shards:
+            refuse_unreadable(self.site.weight_modules(), self.name)
+        self.weights_version = None
+
+    def follow_sharding(self) -> None:
+        """If FSDP2 shards a module around this attention, look at the shards before each gathering from now on."""
+        if self.follows_shards or not (units := fsdp_units(self.enclosing)):
+            return
+        self.follows_shards = True
+        follow_shards(self.site.weight_modules())
+        # In front of FSDP's own hook, which gathers.
+        self.hooks += [unit.register_forward_pre_hook(self._before_gathering, prepend=True) for unit in units]
+
+    @torch.compiler.disable
+    def _before_gathering(self, *_) -> None:
+        look_at_shards(self.site.weight_modules())
 
     def refresh_if_stale(self) -> None:
         """Measure and install again if the weights changed since they were measured or accepted."""
+        self.follow_sharding()
         if self.geometry is None or self.weights_version != self.site.version():
             geometry, version = self.measure()
             check_finite([(self, geometry)])
@@ -105,7 +170,9 @@ class GeoScaleLayer(PatchedLayer):
 
     def accept_drift(self) -> None:
         """Take today's weights as covered by the scales in use: for whoever has bounded their drift by the headroom."""
-        self.weights_version = self.site.version()
+        if self.weights_version is not None:
+            look_at_shards(self.site.weight_modules())
+            self.weights_version = self.site.version()
 
     def scales(self, call: CallOperands) -> QuantScales:
         """Scales of this call, of today's weights."""

@@ -20,6 +20,7 @@ from .families import attention_sites
 from .layer import GeoScaleLayer, PatchedLayer, check_finite, model_alpha_min
 from .masks import geoscale_mask
 from .residual import refuse_embeddings
+from .sharding import enclosing_modules, refuse_parallelism
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,8 @@ def geoscale_layers(model: nn.Module) -> list[GeoScaleLayer]:
 
 
 def _measure_all(layers: list[GeoScaleLayer]) -> list[tuple[GeoScaleLayer, LayerGeometry, tuple]]:
-    """Fresh geometry of every layer, all finite, nothing installed yet."""
-    measured = [(layer, *layer.measure()) for layer in layers]
+    """Fresh geometry of every layer whose weights can be read now, all finite, nothing installed yet."""
+    measured = [(layer, *layer.measure()) for layer in layers if layer.measurable]
     check_finite([(layer, geometry) for layer, geometry, _ in measured])
     return measured
 
@@ -86,6 +87,16 @@ def _warn_of_replaced_forwards(layers: list[GeoScaleLayer]) -> None:
         )
 
 
+def _install_all(layers: list[GeoScaleLayer], measured: list[tuple[GeoScaleLayer, LayerGeometry, tuple]]) -> None:
+    """Use these geometries; layers without one measure in their next forward."""
+    found = {id(layer): (geometry, version) for layer, geometry, version in measured}
+    for layer in layers:
+        if id(layer) in found:
+            layer.install(*found[id(layer)])
+        else:
+            layer.mark_stale()
+
+
 def _count_unsupported(model: PreTrainedModel, config: GeoScaleConfig, error: UnsupportedModelError) -> None:
     """Leave an unsupported model's attention as it is, and count its calls."""
     found = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
@@ -95,7 +106,7 @@ def _count_unsupported(model: PreTrainedModel, config: GeoScaleConfig, error: Un
     implementation = model.config._attn_implementation
     for module in innermost:
         layer = PatchedLayer(config, type(module).__name__, str(error))
-        layer.hook = module.register_forward_pre_hook(layer.count_unsupported)
+        layer.hooks.append(module.register_forward_pre_hook(layer.count_unsupported))
         _attach(module, layer, implementation)
     logger.warning("geoscale: attention stays %r, counted in geometry_report: %s", implementation, error)
 
@@ -128,7 +139,8 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
     """Run this model's attention in FP8, forward and backward, with scales read off its weights.
 
     In place, on this instance alone; patching again with the same configuration changes nothing, with another one replaces
-    it. The model gets its own copy of its config. Parameters, buffers and checkpoints are untouched.
+    it. The model gets its own copy of its config. Parameters, buffers and checkpoints are untouched. Weights that FSDP2 shards,
+    now or later, or that are still on the meta device, are measured in the first forward, where FSDP has gathered them.
 
     Args:
         model: a Llama, Mistral, Qwen2, Qwen3 or GPT-2 model, headless or with any head, or a PEFT model of one. Wrapping it
@@ -157,7 +169,9 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
                     f"bound='rank_aware' needs a low-rank interaction of queries and keys; {type(model).__name__} normalises "
                     "each head after its projection. Use bound='certified'"
                 )
-        layers = [GeoScaleLayer(site, config, alpha) for site in sites]
+        refuse_parallelism(model)
+        around = enclosing_modules(model)
+        layers = [GeoScaleLayer(site, config, alpha, around[site.attention]) for site in sites]
         measured = _measure_all(layers)
     except UnsupportedModelError as error:
         if config.fallback != "sdpa":
@@ -169,13 +183,12 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
     original = model.config._attn_implementation
     if original == NAME:  # the name alone, copied from a patched model's config, as TRL does for its reference model
         original = "sdpa"
-    for layer, geometry, version in measured:
-        layer.install(geometry, version)
+    _install_all(layers, measured)
     _own_config(outer, model)
     for layer in layers:
         _attach(layer.site.attention, layer, original)
     if layers[0].site.stream is not None:
-        layers[0].hook = model.base_model.register_forward_pre_hook(refuse_embeddings, with_kwargs=True)
+        layers[0].hooks.append(model.base_model.register_forward_pre_hook(refuse_embeddings, with_kwargs=True))
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         unpatch_model(model)
@@ -194,8 +207,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     original: str | None = None
     for module, layer in list(patched_modules(model)):
         original = module.geoscale_replaced
-        if layer.hook is not None:
-            layer.hook.remove()
+        layer.remove_hooks()
         del module.geoscale, module.geoscale_replaced, module.extra_repr
     if original is not None:
         _transformers_model(model).set_attn_implementation(original)
@@ -206,7 +218,8 @@ def refresh_scales(model: nn.Module) -> None:
     """Recompute every scale from the current weights, all layers or none.
 
     A forward that finds its layer's weights changed does this for that layer by itself; call it after writes that torch
-    cannot see (through `param.data`), or to pay the cost outside the forward.
+    cannot see (through `param.data`), or to pay the cost outside the forward. Layers that FSDP2 shards are marked, and
+    measured in their next forward: no collective runs here, but every process must call it.
 
     Raises:
         ValueError: the model is not patched.
@@ -215,8 +228,8 @@ def refresh_scales(model: nn.Module) -> None:
     """
     if not patched_layers(model):
         raise ValueError("refresh_scales needs a patched model: call patch_model(model) first")
-    for layer, geometry, version in _measure_all(geoscale_layers(model)):
-        layer.install(geometry, version)
+    layers = geoscale_layers(model)
+    _install_all(layers, _measure_all(layers))
 
 
 def scaling_state_dict(model: nn.Module) -> list[dict]:

@@ -24,6 +24,8 @@ class GeometryReport:
     observe_logits; since patching: `utilisation` (largest entry / certificate; with delayed and current scaling, largest number
     before its cast / 448), `logit_utilisation` (the same of quantised logits, / 448), `overflows_by_operand`, `overflows` (their
     sum), `calls`, `fallback_calls` and `fallback_reasons`. Recomputation under gradient checkpointing counts as a call of its own.
+    Counts and maxima are of this process. Where FSDP2 shards the weights, certificates are those of the last forward (empty
+    before one) and `sigma_upper`, `worst_case_logit`, `alpha_min` and `alpha_observed`, which need whole weights, stay empty.
     """
 
     rows: list[dict]
@@ -80,17 +82,22 @@ def _row(index: int, layer: PatchedLayer, model: Any, layers: int) -> dict:
 
 def _measured(layer: GeoScaleLayer, model: Any, layers: int) -> dict:
     """The part of a row that only a layer running in FP8 has."""
-    layer.refresh_if_stale()
+    row: dict = {}
+    worst_case = None
+    if layer.measurable:
+        layer.refresh_if_stale()
+        query, key, _ = layer.site.projections()
+        sigma, worst_case = measure_interaction(query, key, layer.site.softmax_scale)
+        row["sigma_upper"], row["worst_case_logit"] = sigma.tolist(), worst_case.tolist()
+        row["alpha_min"] = model_alpha_min(model, layer.site, layers, layer.config)
     layer.collect()
-    query, key, _ = layer.site.projections()
-    row = {name: getattr(layer.geometry, name).tolist() for name in _CERTIFICATES}
-    sigma, worst_case = measure_interaction(query, key, layer.site.softmax_scale)
-    row["sigma_upper"], row["worst_case_logit"] = sigma.tolist(), worst_case.tolist()
-    row["alpha_min"] = model_alpha_min(model, layer.site, layers, layer.config)
+    if layer.geometry is not None:
+        row |= {name: getattr(layer.geometry, name).tolist() for name in _CERTIFICATES}
     if layer.statistics.logit_amax is not None:
-        amax = layer.statistics.logit_amax.double().to(worst_case.device)
+        amax = layer.statistics.logit_amax.double()
         row["logit_amax"] = amax.tolist()
-        row["alpha_observed"] = float((amax / worst_case).amax())
+        if worst_case is not None:
+            row["alpha_observed"] = float((amax.to(worst_case.device) / worst_case).amax())
     for name, amax in layer.observed.items():
         row[f"{name}_amax"] = amax.double().tolist()
     row["utilisation"] = None if layer.peak_utilisation is None else float(layer.peak_utilisation)

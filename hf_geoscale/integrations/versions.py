@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharding import shard_version
+
 
 def module_versions(modules: Iterable[nn.Module], contents: bool) -> tuple:
     """Changes when a parameter is written or replaced, a module is swapped, or an adapter is switched, merged, scaled or disabled.
@@ -14,10 +16,20 @@ def module_versions(modules: Iterable[nn.Module], contents: bool) -> tuple:
     transfer from the device, that notices them. In training an optimizer's step follows such writes, or a change of mode.
     """
     found = [m for module in modules for m in module.modules()]
-    tensors = [t for m in found for p in m._parameters.values() if p is not None for t in stored(p)]
+    shards: list[object] = []
+    tensors: list[Tensor] = []
+    for owner in found:
+        for name, parameter in owner._parameters.items():
+            if parameter is None:
+                continue
+            version = shard_version(owner, name, parameter)
+            if version is None:
+                tensors += stored(parameter)
+            else:
+                shards.append(version)
     # An inference tensor counts no changes: a new object differs from every earlier version.
     writes = [(t.data_ptr(), object() if t.is_inference() else t._version) for t in tensors]
-    return (*(_state(m) for m in found), *writes, checksum(tensors) if contents else None)
+    return (*(_state(m) for m in found), *shards, *writes, checksum(tensors) if contents else None)
 
 
 def stored(parameter: Tensor) -> Iterator[Tensor]:
