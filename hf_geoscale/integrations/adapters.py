@@ -110,7 +110,7 @@ def _add_lora(module: Any, name: str, result: _Map, base: _Map, token: TokenBoun
     shift = module.lora_B[name].bias
     shift = torch.zeros_like(path) if shift is None else module.scaling[name] * shift.detach().to(path.device).double()
     rounding = ADAPTER_ROUNDING * (token.reach(result.weight) + result.bias.abs() + (1 + dropped) * path + shift.abs())
-    excess = result.excess + dropped * token.reach(delta) + rounding
+    excess = result.excess + rounding + (dropped * token.reach(delta) if dropped else 0)
     return _Map(result.weight + delta, result.bias + shift, excess)
 
 

@@ -152,8 +152,8 @@ def _plain_weight(module: Any, where: str) -> EffectiveWeight:
         bias = None if bias is None or not bias.numel() else bias
     elif type(module) not in (nn.Linear, Conv1D):
         raise UnsupportedModelError(
-            f"{where} is a {type(module).__name__}; only nn.Linear, Conv1D, LoRA, bitsandbytes, torchao and Transformer Engine "
-            "linears are sure to compute what their weight says"
+            f"{where} is a {type(module).__name__}; only nn.Linear and Conv1D, and the linears of LoRA, bitsandbytes, "
+            "torchao and Transformer Engine, are sure to compute what their weight says"
         )
     weight: Any = module.weight
     if type(weight).__module__.startswith("torchao."):

@@ -13,7 +13,7 @@ from hf_geoscale.geometry import (
     operand_bound,
 )
 from hf_geoscale.geometry.certificates import ROUNDING_MARGIN
-from hf_geoscale.geometry.layer import measure_interaction
+from hf_geoscale.geometry.layer import measure_interaction, weight_drift_budget
 
 DIM, WIDTH = 16, 48
 
@@ -154,3 +154,37 @@ class TestMeasureLayer:
     def test_no_headroom_no_drift(self):
         q = projection(2, 4, False)
         assert measure_layer(q, q, q, 1.0).max_weight_drift == 0.0
+
+
+@pytest.mark.feature("LoRA dropout")
+class TestExcess:
+    """What a module computes beyond its affine map, bounded entry by entry."""
+
+    def projections(self):
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(3, 8, 24, generator=generator)
+        excess = 20 * torch.rand(3, 8, generator=generator)
+        return Projection(weight, rotary_factor=1.5), Projection(weight, rotary_factor=1.5, excess=excess)
+
+    def test_the_worst_deviation_stays_within_the_certificate(self):
+        plain, wider = self.projections()
+        matrix = wider.matrix()
+        right = torch.linalg.svd(matrix, full_matrices=False)[2]
+        token = right[:, 0] * 24**0.5
+        output = (matrix @ token[..., None]).squeeze(-1)
+        moved = output + output.sign() * wider.excess * 1.5  # the furthest corner of the box
+        assert (moved.norm(dim=-1) <= operand_bound(wider)).all()
+        assert (moved.norm(dim=-1) > operand_bound(plain)).any()
+        assert (
+            operand_bound(wider)
+            <= operand_bound(plain) + 1.5 * wider.excess.norm(dim=-1) * (1 + ROUNDING_MARGIN) + 1e-9
+        ).all()
+        row = matrix / matrix.norm(dim=-1, keepdim=True) * 24**0.5
+        entries = (matrix * row).sum(-1).abs() + 1.5 * wider.excess
+        assert (entries <= entry_bound(wider)).all()
+        assert (entries > entry_bound(plain)).any()
+
+    def test_it_leaves_no_budget_for_drift(self):
+        plain, wider = self.projections()
+        assert float(weight_drift_budget(plain, operand_bound(plain), 4.0)) > 0
+        assert float(weight_drift_budget(wider, operand_bound(wider), 4.0)) == 0
