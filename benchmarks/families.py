@@ -155,7 +155,11 @@ def _first_line(error: Exception) -> str:
 
 def refusal(model_type: str) -> str:
     """The reason `patch_model` gives for a model of this family, from a model that has only a config."""
-    config = CONFIG_MAPPING[model_type]()
+    try:
+        config = CONFIG_MAPPING[model_type]()
+    except Exception:  # its defaults fail its own validation
+        config = transformers.PretrainedConfig()
+        config.model_type = model_type
     if config.model_type in FAMILIES:
         return ""
 
