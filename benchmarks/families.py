@@ -59,7 +59,8 @@ OVERRIDES: dict[str, dict] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 4},
     **{name: {"attention_multiplier": 0.25} for name in ("granite", "granitemoe", "granitemoeshared")},
-    **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron")},
+    **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
 }
 """What a family needs beyond `SIZES` to be built, and logits of an ordinary size."""
 
@@ -154,7 +155,11 @@ def _first_line(error: Exception) -> str:
 
 def refusal(model_type: str) -> str:
     """The reason `patch_model` gives for a model of this family, from a model that has only a config."""
-    config = CONFIG_MAPPING[model_type]()
+    try:
+        config = CONFIG_MAPPING[model_type]()
+    except Exception:  # its defaults fail its own validation
+        config = transformers.PretrainedConfig()
+        config.model_type = model_type
     if config.model_type in FAMILIES:
         return ""
 

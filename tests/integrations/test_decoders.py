@@ -150,7 +150,7 @@ class TestPatched:
         ours = model(ids, labels=ids, use_cache=False)
         ours.loss.backward()
         hook.remove()
-        assert relative(outputs[1], outputs[0]) < OUTPUT_ERROR
+        assert relative(outputs[len(outputs) // 2], outputs[0]) < OUTPUT_ERROR
         mine = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         if case != "phimoe":  # its router masks experts beyond a threshold, which roundings cross
             # Where a norm follows the attention the residual stream dilutes nothing, and both layers' errors add up.
@@ -159,7 +159,7 @@ class TestPatched:
             assert relative(mine, expected) < GRADIENT_ERROR
         assert torch.isfinite(mine).all()
         for row in geometry_report(model).rows:
-            assert row["calls"] == 1
+            assert row["calls"] == (6 if case == "hrm_text" else 1)  # HRM runs its layers in cycles
             assert row["fallback_calls"] == row["overflows"] == 0
             assert 0 < row["utilisation"] <= 1
 
