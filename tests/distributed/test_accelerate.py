@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ..cli.conftest import text_file, tiny_folder  # noqa: F401
-from . import scenarios
+from . import stack_scenarios
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -27,15 +27,21 @@ def launch(configuration: str, *command) -> str:
 
 
 @pytest.mark.feature("DDP")
-def test_trainer_with_ddp(tiny_folder, text_file, tmp_path):  # noqa: F811
-    out = launch("ddp.yaml", EXAMPLES / "trainer.py", tiny_folder, text_file, tmp_path)
-    assert out.count("'loss'") == 20  # of one process
-    assert out.count("geoscale/overflows") >= 20
-    assert (tmp_path / "model.safetensors").exists()
+def test_trainer_with_ddp(two, tmp_path):
+    first, second = two.run(stack_scenarios.trainer, str(tmp_path))
+    assert first["wrapped"] == "DistributedDataParallel"
+    assert first["losses"] == second["losses"]
+    assert first["losses"][-1] < first["losses"][0]
+    assert first["overflows"] == [0, 0, 0]
+    assert first["calls"] == [12, 12]  # 3 steps of 2 micro-batches, each forward once more in the backward
+    assert first["fresh"]
+    assert second["fresh"]
+    assert all(map(torch.equal, first["scales"], second["scales"]))
 
 
 @pytest.mark.feature("DDP")
-def test_raw_loop_with_ddp(tiny_folder, text_file):  # noqa: F811
+def test_raw_loop_with_ddp_launched(tiny_folder, text_file):  # noqa: F811
+    """On the CPU too: there an Accelerator, unlike a Trainer, finds its process group without use_cpu."""
     out = launch("ddp.yaml", EXAMPLES / "accelerate_loop.py", tiny_folder, text_file)
     assert out.count("step 20: loss") == 1
     assert "| utilisation | overflows |" in out
@@ -44,7 +50,7 @@ def test_raw_loop_with_ddp(tiny_folder, text_file):  # noqa: F811
 @pytest.mark.gpu
 @pytest.mark.feature("FSDP2")
 @pytest.mark.parametrize("script", ["trainer.py", "accelerate_loop.py"])
-def test_fsdp2(tiny_folder, text_file, tmp_path, script):  # noqa: F811
+def test_fsdp2_launched(tiny_folder, text_file, tmp_path, script):  # noqa: F811
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     output = [tmp_path] if script == "trainer.py" else []
@@ -54,7 +60,7 @@ def test_fsdp2(tiny_folder, text_file, tmp_path, script):  # noqa: F811
 
 @pytest.mark.feature("FSDP2")
 def test_accelerates_fsdp2(two):
-    first, second = two.run(scenarios.accelerate_fsdp2)
+    first, second = two.run(stack_scenarios.accelerate_fsdp2)
     assert first["sharded"]
     assert first["losses"] == second["losses"]
     assert first["losses"][-1] < first["losses"][0] - 0.5

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ..tolerances import BF16_LOSSES, FLIPPED_ROUNDINGS, FLOAT32_ROUNDOFF
-from . import scenarios
+from . import scenarios, shard_scenarios
 
 OPTIONS = {
     "float32": {},
@@ -80,7 +80,7 @@ class TestFSDP2(DataParallelLaws):
 class TestShards:
     @pytest.mark.parametrize("when", ["before", "after", "meta"])
     def test_patching_before_or_after_sharding(self, two, when):
-        first, second = two.run(scenarios.order, when)
+        first, second = two.run(shard_scenarios.order, when)
         assert first == second
         assert first["fresh"]
         assert first["measured while patching"] == (when == "before")
@@ -90,16 +90,16 @@ class TestShards:
 
     @pytest.mark.parametrize("reshard", [True, False], ids=["reshard", "keep"])
     def test_every_write_is_noticed_and_nothing_else(self, two, reshard):
-        for found in two.run(scenarios.writes, reshard):
+        for found in two.run(shard_scenarios.writes, reshard):
             fresh = {name: (fresh, measured) for name, (fresh, measured, _) in found.items()}
-            assert fresh == dict.fromkeys(scenarios.WRITES, (True, 1))
+            assert fresh == dict.fromkeys(shard_scenarios.WRITES, (True, 1))
             again = {name: again for name, (*_, again) in found.items()}
             # Gathered by hand after a write: measured once more when the shards are seen again.
-            assert again == dict.fromkeys(scenarios.WRITES, 0) | {"write, then unshard by hand": 1}
+            assert again == dict.fromkeys(shard_scenarios.WRITES, 0) | {"write, then unshard by hand": 1}
 
     @pytest.mark.parametrize(("lr", "measured"), [(1e-6, [1, 0, 0, 1, 0]), (0.5, [1, 1, 1, 1, 1])])
     def test_scheduled_refreshes_keep_the_headroom(self, one, two, lr, measured):
-        first, second = two.run(scenarios.scheduled, "fsdp2", lr)
+        first, second = two.run(shard_scenarios.scheduled, "fsdp2", lr)
         assert first["measured"] == second["measured"] == measured
         assert first["headroom"] == 4.0
         assert all(first["covered"]) == all(second["covered"]) == (lr < 0.1)
@@ -107,19 +107,19 @@ class TestShards:
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
     def test_resume_from_a_checkpoint(self, two, tmp_path):
-        for expected, resumed in two.run(scenarios.resume, str(tmp_path)):
+        for expected, resumed in two.run(shard_scenarios.resume, str(tmp_path)):
             assert resumed == expected
 
 
 @pytest.mark.feature("tensor parallelism")
 def test_tensor_parallelism_is_refused(two):
-    for answer in two.run(scenarios.refusal, "tensor parallel"):
+    for answer in two.run(shard_scenarios.refusal, "tensor parallel"):
         assert re.search(r"layer 1.*sharded by tensor parallelism.*without a tp_plan", answer), answer
 
 
 @pytest.mark.feature("FSDP2")
 def test_a_projection_sharded_by_itself_is_refused(two):
-    for answer in two.run(scenarios.refusal, "projection"):
+    for answer in two.run(shard_scenarios.refusal, "projection"):
         assert re.search(r"layer 1 is sharded \(a DTensor\) while.*fsdp_transformer_layer_cls_to_wrap", answer), answer
 
 
@@ -129,5 +129,5 @@ def test_a_projection_sharded_by_itself_is_refused(two):
 def test_fsdp1_is_refused(two, device, what):
     if device == "cpu":
         pytest.skip("FSDP1 needs a GPU")
-    for answer in two.run(scenarios.refusal, what):
+    for answer in two.run(shard_scenarios.refusal, what):
         assert re.search("FSDP1.*fsdp_version: 2", answer), answer
