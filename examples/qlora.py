@@ -48,6 +48,7 @@ def main(model_name: str, output: str, text: str | None, steps: int, length: int
             output_dir=output,
             max_steps=steps,
             bf16=True,
+            use_cpu=not torch.cuda.is_available(),
             per_device_train_batch_size=1,
             gradient_accumulation_steps=4,
             gradient_checkpointing=True,
