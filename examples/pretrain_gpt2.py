@@ -8,7 +8,15 @@ TOKENIZER is a model on the Hub or a folder; only its tokenizer is used.
 import argparse
 
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 from hf_geoscale import GeoScaleCallback, geometry_report
 from hf_geoscale.cli.loading import read_text
@@ -47,6 +55,7 @@ def main(
         ),
         train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
         processing_class=tokenizer,
+        data_collator=default_data_collator,  # every row has the same length
     )
     GeoScaleCallback().attach(
         trainer

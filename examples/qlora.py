@@ -9,7 +9,14 @@ import argparse
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_geoscale import GeoScaleCallback, geometry_report, patch_model
 from hf_geoscale.cli.loading import read_text
@@ -41,6 +48,7 @@ def main(model_name: str, output: str, text: str | None, steps: int, length: int
             output_dir=output,
             max_steps=steps,
             bf16=True,
+            use_cpu=not torch.cuda.is_available(),
             per_device_train_batch_size=1,
             gradient_accumulation_steps=4,
             gradient_checkpointing=True,
@@ -51,6 +59,7 @@ def main(model_name: str, output: str, text: str | None, steps: int, length: int
         ),
         train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
         processing_class=tokenizer,
+        data_collator=default_data_collator,  # every row has the same length
     )
     GeoScaleCallback().attach(trainer)  # keeps the scales fresh, logs what they saw
     trainer.train()

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,23 +14,24 @@ from transformers import AutoTokenizer
 from .cli.conftest import text_file, tiny_folder  # noqa: F401
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
-def run(name: str, *arguments, launch: bool = False) -> str:
-    command = [*(LAUNCH if launch else [sys.executable]), EXAMPLES / name, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run an example in this process, as `python examples/name arguments`; returns what it printed."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def start(name: str, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return start
 
 
 @pytest.fixture
 def chat_folder(tiny_folder, tmp_path):  # noqa: F811
     """The tiny model with a padding and an end-of-text token, which TRL wants."""
-    import shutil
-
     folder = tmp_path / "tiny"
     shutil.copytree(tiny_folder, folder)
     AutoTokenizer.from_pretrained(tiny_folder, pad_token="!", eos_token="~").save_pretrained(folder)
@@ -48,7 +51,7 @@ def test_an_example_is_one_page(path):
     assert path.name in text.split('"""')[1]  # how to start it
 
 
-def test_trainer(tiny_folder, text_file, tmp_path):  # noqa: F811
+def test_trainer(run, tiny_folder, text_file, tmp_path):  # noqa: F811
     out = run("trainer.py", tiny_folder, text_file, tmp_path)
     assert "geoscale/overflows" in out
     assert (tmp_path / "model.safetensors").exists()
@@ -56,13 +59,19 @@ def test_trainer(tiny_folder, text_file, tmp_path):  # noqa: F811
 
 @pytest.mark.feature("Raw Accelerate loop")
 def test_accelerate_loop(tiny_folder, text_file):  # noqa: F811
-    out = run("accelerate_loop.py", tiny_folder, text_file, launch=True)
-    assert "step 20: loss" in out
-    assert "| utilisation | overflows |" in out
+    """In a process of its own, by the launcher."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "bf16", "--dynamo_backend", "no", EXAMPLES / "accelerate_loop.py"]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    command = list(map(str, [*launch, tiny_folder, text_file]))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "step 20: loss" in done.stdout
+    assert "| utilisation | overflows |" in done.stdout
 
 
 @pytest.mark.feature("TRL SFTTrainer")
-def test_sft_trainer(chat_folder, tmp_path):
+def test_sft_trainer(run, chat_folder, tmp_path):
     installed("trl", "datasets")
     out = run("sft_trainer.py", chat_folder, tmp_path / "out", "--steps", 2, "--length", 64)
     assert "geoscale/overflows" in out
@@ -71,7 +80,7 @@ def test_sft_trainer(chat_folder, tmp_path):
 
 
 @pytest.mark.feature("TRL DPOTrainer")
-def test_dpo(chat_folder, tmp_path):
+def test_dpo(run, chat_folder, tmp_path):
     installed("trl", "datasets")
     out = run("dpo.py", chat_folder, tmp_path / "out", "--steps", 2)
     assert "geoscale/overflows" in out
@@ -80,7 +89,7 @@ def test_dpo(chat_folder, tmp_path):
 
 
 @pytest.mark.feature("Pre-training from random weights")
-def test_pretrain_gpt2(tiny_folder, text_file, tmp_path):  # noqa: F811
+def test_pretrain_gpt2(run, tiny_folder, text_file, tmp_path):  # noqa: F811
     size = ("--steps", 3, "--length", 64, "--width", 64, "--heads", 4, "--layers", 2)
     out = run("pretrain_gpt2.py", tiny_folder, tmp_path, "--text", text_file, *size)
     assert "geoscale/overflows" in out
@@ -89,7 +98,7 @@ def test_pretrain_gpt2(tiny_folder, text_file, tmp_path):  # noqa: F811
 
 
 @pytest.mark.feature("QLoRA")
-def test_qlora(tiny_folder, text_file, tmp_path):  # noqa: F811
+def test_qlora(run, tiny_folder, text_file, tmp_path):  # noqa: F811
     installed("peft", "bitsandbytes")
     if importlib.util.find_spec("hf_geoscale.integrations.weights") is None:
         pytest.skip("certificates of adapters and 4-bit weights (hf_geoscale.integrations.weights) are not built yet")

@@ -140,6 +140,7 @@ def test_an_overflow_is_a_warning(tmp_path, caplog, monkeypatch):
     assert "FP8 overflows so far" in caplog.text
 
 
+@pytest.mark.feature("Gradient accumulation")
 def test_gradient_accumulation_refreshes_once_a_step(tmp_path, refreshes):
     model = patch_model(tiny_model("llama"))
     trainer(model, tmp_path, GeoScaleCallback(), steps=2, gradient_accumulation_steps=3).train()
@@ -178,6 +179,7 @@ def test_a_learning_rate_spike_overflows_nothing(tmp_path):
     assert [row["overflows"] for row in rows] == [0, 0]
 
 
+@pytest.mark.feature("Resume from a checkpoint")
 def test_resume_refreshes_after_the_checkpoint_was_loaded(tmp_path, monkeypatch):
     model = tiny_model("llama")
     run = trainer(model, tmp_path, GeoScaleCallback(), save_strategy="steps", save_steps=2)
@@ -194,6 +196,7 @@ def test_resume_refreshes_after_the_checkpoint_was_loaded(tmp_path, monkeypatch)
     ]
 
 
+@pytest.mark.feature("load_best_model_at_end")
 def test_best_model_at_the_end_is_refreshed(tmp_path):
     model = patch_model(tiny_model("llama"))
     options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
