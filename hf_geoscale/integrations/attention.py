@@ -66,7 +66,7 @@ def _certified(scales: QuantScales, key: Tensor, value: Tensor) -> bool:
     return bool((key_norm * scales.k).amax().maximum((value_amax * scales.v).amax()) <= E4M3.max)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Call:
     """One call's operands, for `scaling.CallOperands`."""
 
@@ -101,8 +101,12 @@ class _Call:
 
 def _named(scales: QuantScales) -> dict[str, Any]:
     """Scales as keyword arguments of `fp8_attention`."""
-    named = {f"{name}_quant_scale": getattr(scales, name) for name in ("q", "k", "v", "logit")}
-    return {name: scale for name, scale in named.items() if scale is not None}
+    return {
+        "q_quant_scale": scales.q,
+        "k_quant_scale": scales.k,
+        "v_quant_scale": scales.v,
+        "logit_quant_scale": scales.logit,
+    }
 
 
 def _layer_of(module: nn.Module) -> GeoScaleLayer:
@@ -178,7 +182,9 @@ def geoscale_attention_forward(
     if visibility is None:
         reason = _refuse_mask(layer, cast(Tensor, attention_mask))
         return _delegate(layer, reason, module, query, key, value, attention_mask, **sdpa)
-    seen = key[:, :, : visibility.key_length], value[:, :, : visibility.key_length]
+    seen = key, value
+    if visibility.key_length != keys:
+        seen = key[:, :, : visibility.key_length], value[:, :, : visibility.key_length]
     attend = partial(
         fp8_attention,
         query,
