@@ -4,7 +4,8 @@
     python -m tests.feature_matrix docs/feature_matrix.jsonl docs/feature_matrix.md
 
 Tests name their row: @pytest.mark.feature("LoRA"), or @pytest.mark.feature("ALiBi", refused=True) where they prove the message that
-refuses it. A run replaces what its machine's column says of the features it ran, and of no others.
+refuses it. A run replaces what its machine's column says of the features it ran, and of no others. On a
+machine with GPUs only tests that use them count.
 """
 
 import ast
@@ -20,18 +21,16 @@ OUTCOMES = ("failed", "passed", "refused", "skipped")
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
 
 
-def column(device: str) -> str:
+def column() -> str:
     """The machine, as the head of a column."""
-    if device == "cpu":
-        return "CPU"
-    return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "CPU"
 
 
 class Recorder:
     """Pytest plugin: counts outcomes by feature in the reports of a run, those of its workers included."""
 
-    def __init__(self, path: Path, device: str):
-        self.path, self.device = path, device
+    def __init__(self, path: Path):
+        self.path = path
         self.outcomes: dict[str, Counter] = defaultdict(Counter)
         self.reasons: dict[str, str] = {}
 
@@ -47,7 +46,7 @@ class Recorder:
 
     def pytest_sessionfinish(self, session) -> None:
         versions = {name: version(name) for name in PACKAGES if _installed(name)}
-        mine = {"column": column(self.device), "versions": versions, "features": {}}
+        mine = {"column": column(), "versions": versions, "features": {}}
         others = []
         for line in read(self.path):
             if line["column"] == mine["column"]:

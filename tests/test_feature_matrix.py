@@ -15,11 +15,11 @@ def report(feature, outcome, when="call", refused=False, longrepr=None):
 
 def test_a_run_replaces_what_its_machine_said_of_the_features_it_ran(tmp_path):
     path = tmp_path / "features.jsonl"
-    first = Recorder(path, "cpu")
+    first = Recorder(path)
     for one in (report("A", "passed"), report("A", "passed", "setup"), report("B", "failed"), report("C", "passed")):
         first.pytest_runtest_logreport(one)
     first.pytest_sessionfinish(None)
-    second = Recorder(path, "cpu")
+    second = Recorder(path)
     second.pytest_runtest_logreport(report("B", "passed"))
     second.pytest_runtest_logreport(report("D", "passed", refused=True))
     second.pytest_runtest_logreport(report("E", "skipped", "setup", longrepr=("f", 1, "Skipped: no GPU")))
