@@ -16,7 +16,7 @@ ROOMS = {
     "kernels": ({"scaling.formats"}, {"torch", "triton"}),
     "integrations": (
         {"geometry", "scaling", "kernels", "config", "errors"},
-        {"torch", "transformers", "accelerate", "peft"},
+        {"torch", "transformers", "accelerate", "peft", "bitsandbytes"},
     ),
     "cli": (
         {"geometry", "scaling", "kernels", "integrations", "config", "errors", ""},

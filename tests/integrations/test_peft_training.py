@@ -68,6 +68,16 @@ class TestStaleness:
         with torch.no_grad():
             model(ids)
 
+    def test_merging_in_training_is_seen(self):
+        """PEFT merges through `.data`, which counts as no write, and training reads no checksums."""
+        model, ids = patch_model(adapted("llama", lora_alpha=60)).train(), tokens(1, 12)
+        model(ids)
+        before = geoscale_layers(model)[0].weights_version
+        model.merge_adapter()
+        model(ids)
+        assert geoscale_layers(model)[0].weights_version != before
+        assert_certified(model)
+
     def test_writes_in_training_through_data_need_refresh_scales(self):
         model = patch_model(adapted("llama")).train()
         old = geoscale_layers(model)[0].geometry.q_bound.clone()
