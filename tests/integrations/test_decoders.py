@@ -159,7 +159,7 @@ class TestPatched:
             assert relative(mine, expected) < GRADIENT_ERROR
         assert torch.isfinite(mine).all()
         for row in geometry_report(model).rows:
-            assert row["calls"] == (6 if case == "hrm_text" else 1)  # HRM runs its layers in cycles
+            assert row["calls"] in ((2, 6) if case == "hrm_text" else (1,))  # HRM's two stacks run in cycles
             assert row["fallback_calls"] == row["overflows"] == 0
             assert 0 < row["utilisation"] <= 1
 

@@ -107,9 +107,10 @@ class TestPatching:
 class TestRefusals:
     def test_unknown_family(self):
         model = BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=32, n_layer=1, n_head=2))
+        implementation = model.config._attn_implementation
         with pytest.raises(UnsupportedModelError, match=r"'bloom'.*ALiBi.*gpt2, .*llama, .*mistral, .*fallback='sdpa'"):
             patch_model(model)
-        assert model.config._attn_implementation == "sdpa"
+        assert model.config._attn_implementation == implementation
 
     def test_unknown_family_left_to_sdpa_and_counted(self, caplog):
         config = BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=2)
