@@ -31,10 +31,13 @@ def _serve(rank: int, world: int, port: int, device: str, pipe) -> None:
     pipe.send(None)
     while (job := pipe.recv()) is not None:
         function, arguments, options = job
+        environment = dict(os.environ)  # accelerate's plugins write there
         try:
             pipe.send((function(device, *arguments, **options), None))
         except Exception:
             pipe.send((None, traceback.format_exc()))
+        os.environ.clear()
+        os.environ.update(environment)
     dist.destroy_process_group()
 
 
