@@ -94,7 +94,7 @@ class TestExplicitMasks:
     def test_low_biases_are_not_taken_for_hidden(self):
         assert key_range_of_mask(additive(CAUSAL, -1e9)[None, None]) is not None
         assert key_range_of_mask(additive(CAUSAL, -1e4)[None, None]) is None
-        assert key_range_of_mask(additive(CAUSAL, -torch.inf)[None, None].half()) is not None
+        assert key_range_of_mask(additive(CAUSAL, torch.finfo(torch.float16).min)[None, None].half()) is not None
 
     def test_analysed_once_for_all_layers(self, monkeypatch):
         model, ids, mask = patch_model(tiny_model("llama")), tokens(1, LENGTH), CAUSAL[None, None].clone()
