@@ -64,9 +64,6 @@ OVERRIDES: dict[str, dict] = {
 }
 """What a family needs beyond `SIZES` to be built, and logits of an ordinary size."""
 
-SETTINGS: dict[str, dict] = {name: {"attn_logit_softcapping": None} for name in ("gemma2", "vaultgemma")}
-"""Settings under which a family can be supported, shown in the table."""
-
 ASKED = {"softcap": "soft cap", "s_aux": "attention sinks", "position_bias": "position bias", "indices": "sparse keys"}
 """Arguments of the attention interface that change the result, and what they mean."""
 
@@ -105,7 +102,7 @@ def shrink(config) -> dict:
 def tiny(model_type: str, **overrides):
     """A tiny model of a family in float32 and eval mode, all parameters moved by `SPREAD`."""
     cls = CONFIG_MAPPING[model_type]
-    config = cls(**shrink(cls()) | OVERRIDES.get(model_type, {}) | SETTINGS.get(model_type, {}) | overrides)
+    config = cls(**shrink(cls()) | OVERRIDES.get(model_type, {}) | overrides)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     torch.manual_seed(0)
@@ -181,7 +178,7 @@ def _reason(error: Exception) -> str:
 def examine(model_type: str, **overrides) -> Row:
     """Build, run, patch, run again and train a step."""
     row = Row(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], "not built", "")
-    row.reason = ", ".join(f"{name}={value}" for name, value in (SETTINGS.get(model_type, {}) | overrides).items())
+    row.reason = ", ".join(f"{name}={value}" for name, value in overrides.items())
     try:
         model = tiny(model_type, **overrides)
         with torch.no_grad():

@@ -109,7 +109,7 @@ def rotations(site: AttentionSite, length: int) -> Tensor:
     """R_Δ for Δ = 0 … L − 1, orthogonal (an attention factor is in the projections already): (L, D, D) float64."""
     dim = site.attention.head_dim
     basis = torch.eye(dim).view(1, dim, 1, dim).expand(-1, -1, length, -1)
-    images, _ = apply_rotary_pos_emb(basis, basis, *site.rotary(basis, torch.arange(length)[None]))
+    images, _ = apply_rotary_pos_emb(basis, basis, *site.rotary[0](basis, torch.arange(length)[None]))
     rotation = images[0].permute(1, 2, 0).double()
     return rotation / rotation[0, 0, 0]
 
@@ -140,7 +140,7 @@ def observe(
     q, k = (m(hidden).view(batch, length, -1, attention.head_dim) for m in (attention.q_proj, attention.k_proj))
     positions = torch.arange(length)[None]
     moving, still = (
-        largest_logits(*apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *site.rotary(hidden, where)))
+        largest_logits(*apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *site.rotary[0](hidden, where)))
         for where in (positions, torch.zeros_like(positions))
     )
     random = directions(batch, 1, length, width, generator=torch.Generator().manual_seed(site.layer)) * width**0.5

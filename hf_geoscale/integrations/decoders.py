@@ -46,7 +46,7 @@ def _llama_like(
         attention_class=attention_class,
         read=partial(readers.separate, **layout),
         modules=("q_proj", "k_proj", "v_proj", *extra_modules),
-        softmax_scale=lambda attention: attention.scaling,
+        softmax_scale=(lambda _: 1.0) if layout.get("scaled_query") else (lambda attention: attention.scaling),
         post_norms=post_norms,
     )
 

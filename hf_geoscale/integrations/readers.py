@@ -51,6 +51,12 @@ def _token(site: "AttentionSite") -> tuple[Tensor | None, Tensor | None]:
     return (bound / math.sqrt(width)).expand(width), None
 
 
+def _width(site: "AttentionSite", name: str, token: tuple[Tensor | None, Tensor | None]) -> int:
+    """Channels of a token: its gain's, or what a projection says it takes."""
+    gain = token[0]
+    return getattr(site.attention, name).in_features if gain is None else gain.numel()
+
+
 def _operand(found: EffectiveWeight, heads: int, dim: int) -> Operand:
     bias, excess = (None if t is None else t.reshape(heads, dim) for t in (found.bias, found.excess))
     return found.weight.reshape(heads, dim, -1), bias, excess
@@ -162,8 +168,8 @@ def separate(
 ) -> Projections:
     """q_proj, k_proj and v_proj, as in Llama; `scaled_query` for OPT, whose queries are scaled before the attention."""
     dim, (heads, kv_heads) = site.head_dim, _head_counts(site)
-    width = site.attention.q_proj.in_features
     token, operands = _token(site), []
+    width = _width(site, "q_proj", token)
     for name, count in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
         operands.append(_operand(site.weight(name, (count * dim, width), token), count, dim))
     scale = float(site.attention.scaling) if scaled_query else 1.0
@@ -172,13 +178,12 @@ def separate(
 
 def fused_blocks(site: "AttentionSite", name: str) -> Projections:
     """One weight, rows q | k | v (Phi-3, DBRX, GPT-BigCode with one key head)."""
-    weight_in = getattr(site.attention, name).in_features
     dim, (heads, kv_heads) = site.head_dim, _head_counts(site)
     if getattr(site.attention, "multi_query", False):
         kv_heads = 1
     counts = (heads, kv_heads, kv_heads)
     token, rows = _token(site), [count * dim for count in counts]
-    found = site.weight(name, (sum(rows), weight_in), token)
+    found = site.weight(name, (sum(rows), _width(site, name, token)), token)
     return _projections(site, _operands(found, lambda t: t.split(rows), counts, dim), token, ("q_norm", "k_norm"))
 
 
@@ -187,8 +192,8 @@ def fused_heads(
 ) -> Projections:
     """One weight, rows q, k and v of the first head, then of the second… (GPT-NeoX, Persimmon)."""
     heads, dim = site.attention.config.num_attention_heads, site.head_dim
-    token, shape = _token(site), (3 * heads * dim, getattr(site.attention, name).in_features)
-    found = site.weight(name, shape, token)
+    token = _token(site)
+    found = site.weight(name, (3 * heads * dim, _width(site, name, token)), token)
     operands = _operands(found, lambda t: t.view(heads, 3, dim, *t.shape[1:]).unbind(1), [heads] * 3, dim)
     return _projections(site, operands, token, qk_norms)
 

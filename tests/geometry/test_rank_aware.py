@@ -237,7 +237,7 @@ def test_norm_at_the_worst_offset():
     site = next(attention_sites(tiny_model("llama")))
     matrix_q, matrix_k = (projection.matrix() for projection in site.projections()[:2])
     rotation = rotations(site, 40)
-    angles = torch.arange(40)[:, None] * site.rotary.inv_freq
+    angles = torch.arange(40)[:, None] * site.rotary[0].inv_freq
     cos, sin = angles.cos().diag_embed(), angles.sin().diag_embed()
     expected = torch.cat([torch.cat([cos, -sin], dim=-1), torch.cat([sin, cos], dim=-1)], dim=-2).double()
     torch.testing.assert_close(rotation, expected, atol=1e-6, rtol=0)

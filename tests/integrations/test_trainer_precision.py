@@ -45,7 +45,7 @@ class TestFloat16:
         return loss.item()
 
     def test_a_skipped_step_leaves_weights_and_scales(self):
-        model = patch_model(tiny_model("llama")).train()
+        model = patch_model(tiny_model("llama").train())
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)  # gradients overflow float16: the step is skipped
         ids = tokens(2, 24)
