@@ -15,7 +15,7 @@ class Parallelism:
         self.__dict__.update({"tp_size": 1, "cp_size": 1, "sp_size": 1} | sizes)
 
 
-@pytest.mark.feature("tensor, context and sequence parallelism")
+@pytest.mark.feature("tensor, context and sequence parallelism", refused=True)
 @pytest.mark.parametrize("name", ["tensor", "context", "sequence"])
 class TestParallelism:
     @pytest.fixture
@@ -37,7 +37,7 @@ class TestParallelism:
             GeoScaleCallback().on_train_begin(None, None, None, model=model)
 
 
-@pytest.mark.feature("tensor, context and sequence parallelism")
+@pytest.mark.feature("tensor, context and sequence parallelism", refused=True)
 def test_a_model_loaded_with_a_tensor_parallel_plan():
     model = tiny_model("llama")
     model._tp_size = 4
@@ -45,7 +45,7 @@ def test_a_model_loaded_with_a_tensor_parallel_plan():
         patch_model(model)
 
 
-@pytest.mark.feature("DeepSpeed ZeRO-3")
+@pytest.mark.feature("DeepSpeed ZeRO-3", refused=True)
 def test_zero_3():
     model = tiny_model("llama")
     model.model.layers[1].self_attn.v_proj.weight.ds_id = 7  # what deepspeed.zero.Init leaves on a parameter
@@ -55,7 +55,7 @@ def test_zero_3():
         patch_model(model)
 
 
-@pytest.mark.feature("FSDP1")
+@pytest.mark.feature("FSDP1", refused=True)
 @pytest.mark.parametrize("flat", [False, True])
 def test_fsdp1(flat):
     model = patch_model(tiny_model("llama"))

@@ -111,7 +111,7 @@ class TestShards:
             assert resumed == expected
 
 
-@pytest.mark.feature("tensor parallelism")
+@pytest.mark.feature("tensor parallelism", refused=True)
 def test_tensor_parallelism_is_refused(two):
     for answer in two.run(shard_scenarios.refusal, "tensor parallel"):
         assert re.search(r"layer 1.*sharded by tensor parallelism.*without a tp_plan", answer), answer
@@ -124,7 +124,7 @@ def test_a_projection_sharded_by_itself_is_refused(two):
 
 
 @pytest.mark.gpu
-@pytest.mark.feature("FSDP1")
+@pytest.mark.feature("FSDP1", refused=True)
 @pytest.mark.parametrize("what", ["FSDP1", "FSDP1, flat"])
 def test_fsdp1_is_refused(two, device, what):
     if device == "cpu":

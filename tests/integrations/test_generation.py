@@ -173,7 +173,7 @@ class TestGenerate:
         assert relative(ours.logits[0], exact.logits[0]) < OUTPUT_ERROR
         assert calls(model) == (1, {"kv_cache": 3})
 
-    @pytest.mark.feature("output_attentions")
+    @pytest.mark.feature("output_attentions", refused=True)
     def test_attention_probabilities_are_refused(self):
         model = patch_model(tiny_model("llama"), fallback="sdpa")
         with pytest.raises((UnsupportedAttentionError, ValueError), match="attention"):

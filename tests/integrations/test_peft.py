@@ -269,12 +269,12 @@ class TestRefusals:
         ],
         ids=["ia3", "vera", "adalora", "loha"],
     )
-    @pytest.mark.feature("other PEFT adapters")
+    @pytest.mark.feature("other PEFT adapters", refused=True)
     def test_other_adapters_are_refused_by_name(self, config, name):
         with pytest.raises(UnsupportedModelError, match=rf"is a .*{name}.*merge_and_unload"):
             patch_model(peft.get_peft_model(tiny_model("llama"), config()))
 
-    @pytest.mark.feature("other PEFT adapters")
+    @pytest.mark.feature("other PEFT adapters", refused=True)
     def test_other_variants_of_lora(self):
         model = adapted("llama", alora_invocation_tokens=[5])
         with pytest.raises(UnsupportedModelError, match="active ALoraLinearVariant"):
@@ -282,7 +282,7 @@ class TestRefusals:
         disable(model)
         patch_model(model)  # nothing of it runs
 
-    @pytest.mark.feature("several adapters in one batch")
+    @pytest.mark.feature("several adapters in one batch", refused=True)
     def test_several_adapters_in_one_batch(self):
         model, ids = patch_model(adapted("llama", adapters=2)), tokens(2, 10)
         with torch.no_grad():
