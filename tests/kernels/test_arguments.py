@@ -1,0 +1,52 @@
+"""Arguments that `fp8_attention` refuses, and what it says."""
+
+import pytest
+import torch
+
+from hf_geoscale import fp8_attention
+
+from .test_reference import draw, scales
+
+
+def bad_calls():
+    q, k, v = (x.detach() for x in draw())
+    s = scales(q, k, v)
+    yield "3-D", (q[0], k, v), s, {}, ValueError, r"query must be \(batch, heads, length, head_dim\)"
+    yield "integer", (q.int(), k, v), s, {}, TypeError, "query must be float32.*int32"
+    yield "k and v differ", (q, k, v[:, :, :-1]), s, {}, ValueError, "key and value must share one shape"
+    yield "groups", (q[:, :3], k, v), s, {}, ValueError, "multiple of key/value heads, got 3 and 2"
+    yield "head dim 72", (q[..., :8], k[..., :8], v[..., :8]), s, {}, ValueError, "multiple of 16 up to 256, got 8"
+    yield "scale shape", (q, k, v), {**s, "q_quant_scale": torch.ones(3)}, {}, ValueError, r"q_quant_scale.*\(4,\)"
+    yield (
+        "scale dtype",
+        (q, k, v),
+        {**s, "v_quant_scale": torch.ones(2).double()},
+        {},
+        ValueError,
+        "v_quant_scale.*float64",
+    )
+    yield "window", (q, k, v), s, {"window": 0}, ValueError, "window must be at least 1"
+    yield "window without causal", (q, k, v), s, {"window": 5, "causal": False}, ValueError, "needs causal=True"
+    yield "key range", (q, k, v), s, {"key_range": torch.zeros(2, 3, 2)}, ValueError, r"\(2, 70, 2\)"
+    yield "dropout", (q, k, v), s, {"dropout_p": 1.0}, ValueError, r"\[0, 1\), got 1.0"
+    yield "precision", (q, k, v), s, {"precision": "low"}, ValueError, "'low'"
+    yield "softmax scale", (q, k, v), s, {"softmax_scale": 0.0}, ValueError, "softmax_scale must be positive, got 0.0"
+    yield (
+        "key range of floats",
+        (q, k, v),
+        s,
+        {"key_range": torch.zeros(2, 70, 2)},
+        TypeError,
+        "integers, got torch.float32",
+    )
+    yield "empty", (q[:, :, :0], k, v), s, {}, ValueError, "0 query rows"
+    yield "no sequence", (q[:0], k[:0], v[:0]), s, {}, ValueError, "0 sequences"
+    yield "no heads", (q, k[:, :0], v[:, :0]), s, {}, ValueError, "multiple of key/value heads, got 4 and 0"
+    yield "devices", (q, k.to("meta"), v), s, {}, ValueError, "key is on meta, query on cpu"
+
+
+@pytest.mark.parametrize("call", list(bad_calls()), ids=lambda call: call[0])
+def test_bad_input_is_named(call):
+    _, operands, s, options, error, message = call
+    with pytest.raises(error, match=message):
+        fp8_attention(*operands, **s, **options)
