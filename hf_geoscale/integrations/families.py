@@ -81,8 +81,10 @@ class AttentionSite:
 
         In evaluation mode the weights' bits count too, so that writes through `.data` are seen.
         """
-        training = self.attention.training
-        return (_optimizer_steps, training, *module_versions(self.weight_modules(), contents=not training))
+        training, modules = self.attention.training, self.weight_modules()
+        trainable = any(p.requires_grad for module in modules for p in module.parameters())
+        steps = _optimizer_steps if trainable else None  # optimizers move nothing else
+        return (steps, training, *module_versions(modules, contents=not training))
 
 
 _optimizer_steps = 0  # of any optimizer in this process
@@ -128,6 +130,11 @@ def attention_sites(model: Any) -> Iterator[AttentionSite]:
     for index, block in enumerate(blocks):
         stream = residual_stream(model, blocks[:index], family.post_norms) if family.post_norms else None
         site = AttentionSite(model_type, index, block, rotary, stream)
+        if getattr(block, "do_layer_norm_before", True) is False:  # OPT-350m
+            raise UnsupportedModelError(
+                f"{_describe(site, family.input_norm)} follows the attention (do_layer_norm_before=False), so nothing bounds "
+                "q, k and v"
+            )
         classes = [c.__name__ for c in type(site.attention).__mro__]
         if family.attention_class not in classes:
             raise UnsupportedModelError(

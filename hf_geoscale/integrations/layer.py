@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config import GeoScaleConfig
-from ..errors import NonFiniteWeightsError
+from ..errors import NonFiniteWeightsError, UnsupportedModelError
 from ..geometry import LayerGeometry, alpha_min, measure_layer
 from ..kernels import AttentionStatistics
 from ..scaling import E4M3, CallOperands, QuantScales, strategy_of
@@ -103,9 +103,14 @@ class GeoScaleLayer(PatchedLayer):
             UnsupportedModelError: weights that cannot be read; NonFiniteWeightsError is left to `check_finite`.
         """
         refuse_parallelism()
+        if self.site.stream is not None and fsdp_units(self.enclosing):
+            raise UnsupportedModelError(
+                f"{self.name}: its v is bounded by the embedding and the norms of earlier layers, which FSDP2 has sharded again by "
+                "then. Use DDP, or unpatch the model"
+            )
         refuse_unreadable(self.site.weight_modules(), self.name, self.enclosing)
         version = self.site.version()
-        device = self.site.parameters()[0].device
+        device = next(p for module in self.site.weight_modules() for p in module.parameters()).device
         vectors = None if self.geometry is None else self.geometry.vectors
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             geometry = measure_layer(
@@ -128,8 +133,8 @@ class GeoScaleLayer(PatchedLayer):
         self.geometry, self.weights_version = geometry, version
         if self.config.headroom > 1:
             weights = [p.detach() for p in self.site.parameters()]
-            self.weight_amax = max(float(w.abs().amax()) for w in weights)
-            self.weight_epsilon = max(torch.finfo(w.dtype).eps for w in weights)
+            self.weight_amax = max((float(w.abs().amax()) for w in weights), default=0.0)
+            self.weight_epsilon = max((torch.finfo(w.dtype).eps for w in weights), default=0.0)
 
     @property
     def measurable(self) -> bool:

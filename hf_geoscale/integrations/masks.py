@@ -185,9 +185,17 @@ def _padding(attention_mask: Tensor | None, offset: int, length: int) -> Tensor 
     return F.pad(attention_mask.bool(), (0, max(missing, 0)))[:, offset : offset + length]
 
 
+_WINDOW_IN_MASK_ONLY = ("phimoe", "qwen2_moe")
+"""Families whose attention passes no `sliding_window` to the attention interface (transformers 5.23): the mask alone has it."""
+
+
 def _is_window_of_layer(kv_length: int, local_size: int | None = None, config=None, **_) -> bool:
     """Whether a causal mask, cut to `local_size`, is what the layer's own flags say: its sliding window is, a chunk is not."""
-    return local_size is None or kv_length < local_size or local_size == getattr(config, "sliding_window", None)
+    if local_size is None or kv_length < local_size:
+        return True
+    if getattr(config, "model_type", None) in _WINDOW_IN_MASK_ONLY:
+        return False
+    return local_size == getattr(config, "sliding_window", None)
 
 
 def _ranges_of_function(

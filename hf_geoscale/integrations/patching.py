@@ -143,7 +143,7 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
     now or later, or that are still on the meta device, are measured in the first forward, where FSDP has gathered them.
 
     Args:
-        model: a Llama, Mistral, Qwen2, Qwen3 or GPT-2 model, headless or with any head, or a PEFT model of one. Wrapping it
+        model: a model of a family in docs/families.md, headless or with any head, or a PEFT model of one. Wrapping it
             with PEFT after patching works too.
         config: how to quantise; default `GeoScaleConfig()`.
         **overrides: fields of the config, e.g. `precision="high"`.

@@ -1,5 +1,6 @@
 """What bounds a token that no norm layer precedes: the residual stream of post-norm decoders (OLMo 2 and 3, FlexOlmo, EXAONE 4)."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +12,17 @@ from torch import Tensor, nn
 from ..errors import UnsupportedAttentionError, UnsupportedModelError
 from ..geometry.certificates import UNIT_ROUNDOFF
 from .norms import gain_and_shift
+from .weights import active_module
 
 ROWS = 4096
 """Embedding rows whose norms are taken at a time, so that no second embedding is ever stored."""
 
 FLOAT32_SUM = 2.0**-10
 """Relative allowance for a float32 sum of at most 2¹³ squares, in any order: 2¹³·2⁻²⁴, doubled twice."""
+
+
+_HARMLESS_HOOKS = {"make_inputs_require_grads", "make_inputs_require_grad"}
+"""Of transformers' and PEFT's gradient checkpointing."""
 
 
 @dataclass(frozen=True)
@@ -27,23 +33,28 @@ class ResidualStream:
     a factor (1 + 2⁻⁸)^(J + 3). It assumes tokens from the embedding; `refuse_embeddings` holds callers to that.
     """
 
-    embedding: Any
+    model: Any  # its embedding is looked up at each use, too
     norms: tuple[tuple[Any, str], ...]  # (block, attribute), looked up at each use
 
     @property
+    def embedding(self) -> Any:
+        return active_module(self.model.get_input_embeddings())
+
+    @property
     def modules(self) -> list[Any]:
-        """Modules whose parameters decide the bound."""
-        return [self.embedding, *(getattr(block, name) for block, name in self.norms)]
+        """Modules whose parameters decide the bound, wrappers included."""
+        return [self.model.get_input_embeddings(), *(getattr(block, name) for block, name in self.norms)]
 
     @torch.no_grad()
     def norm_bound(self, where: str) -> Tensor:
         """Certificate of ‖h‖₂: () float64. Raises UnsupportedModelError for modules we do not know."""
-        if type(self.embedding) is not nn.Embedding or self.embedding.max_norm is not None:
+        embedding = self.embedding
+        if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
             raise UnsupportedModelError(
-                f"{where} has no norm layer in front, and its tokens come from a {type(self.embedding).__name__}, not a plain "
+                f"{where} has no norm layer in front, and its tokens come from a {type(embedding).__name__}, not a plain "
                 "nn.Embedding, so nothing bounds them"
             )
-        weight = self.embedding.weight.detach()
+        weight = embedding.weight.detach()
         dtype = torch.promote_types(weight.dtype, torch.float32)
         rows = [torch.linalg.vector_norm(part, dim=1, dtype=dtype).amax() for part in weight.split(ROWS)]
         bound = torch.stack(rows).amax().double() * (1 + FLOAT32_SUM)
@@ -57,12 +68,21 @@ class ResidualStream:
 
 def residual_stream(model: Any, blocks: Sequence[Any], names: tuple[str, ...]) -> ResidualStream:
     """The stream after `blocks`, whose sublayers end in the norm layers `names`."""
-    return ResidualStream(model.get_input_embeddings(), tuple((block, name) for block in blocks for name in names))
+    return ResidualStream(model, tuple((block, name) for block in blocks for name in names))
 
 
-def refuse_embeddings(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of a post-norm decoder: certificates there start at rows of its embedding."""
-    if kwargs.get("inputs_embeds") is not None:
+def refuse_embeddings(module: Any, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook of a post-norm decoder: certificates there start at rows of its embedding, unchanged by hooks."""
+    hooks = [
+        getattr(hook, "__name__", type(hook).__name__) for hook in module.get_input_embeddings()._forward_hooks.values()
+    ]
+    changing = [name for name in hooks if name not in _HARMLESS_HOOKS]
+    if changing:
+        raise UnsupportedAttentionError(
+            f"{type(module).__name__} has no norm layer before its attention: the certificates of v start at the rows of its "
+            f"embedding, and a forward hook there ({changing[0]}; NEFTune is one) may change them. Remove it, or unpatch the model"
+        )
+    if inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("inputs_embeds") is not None:
         raise UnsupportedAttentionError(
             f"{type(module).__name__} has no norm layer before its attention: the certificates of v start at the rows of its "
             "embedding, and inputs_embeds could be of any size. Pass input_ids, or unpatch the model"
