@@ -57,9 +57,7 @@ def main(
         processing_class=tokenizer,
         data_collator=default_data_collator,  # every row has the same length
     )
-    GeoScaleCallback().attach(
-        trainer
-    )  # patches the model, and keeps its scales fresh while the weights run away from 0
+    GeoScaleCallback().attach(trainer)  # patches the model, keeps its scales fresh while the weights grow
     trainer.train()
     trainer.save_model()
     if trainer.accelerator.is_main_process:

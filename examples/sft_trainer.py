@@ -20,9 +20,7 @@ def main(model_name: str, output: str, dataset: str | None, steps: int, length: 
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(
-        model_name, dtype=torch.float32
-    )  # bf16=True below computes in bfloat16
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)  # bf16=True computes in bfloat16
     if dataset is None:
         data = Dataset.from_dict({"text": [part for part in read_text(None).split("\n\n") if part.strip()]})
     else:

@@ -78,7 +78,7 @@ class GeoScaleConfig:
         headroom: factor ≥ 1 that scales leave above the certificates, for weights that move between refreshes.
             Costs next to nothing in accuracy up to 64 (docs/model_error.md).
         incoherent: mix q and k by a Hadamard matrix before quantising; halves their error.
-        precision: "high" keeps k as two FP8 terms (one more QKᵀ product, 0.5 to 0.6 of the KL divergence).
+        precision: "high" keeps k as two FP8 terms (one more QKᵀ product, about 0.6 of the KL divergence, docs/accuracy.md).
         backend: "triton", the fused kernels (NVIDIA GPUs from compute capability 8.9; elsewhere the first forward raises);
             "reference", plain PyTorch on any device; "auto", the first where it can run.
         fallback: what to do with a call FP8 attention cannot honour: None raises, "sdpa" runs it there, counted.

@@ -52,3 +52,37 @@ def test_the_goals_quoted_in_the_documentation_are_those_of_the_records():
 def test_the_transients_are_rendered_from_their_records(name):
     host, *records = read_lines(f"{name}.jsonl")
     assert to_markdown(host, records).strip() == (ROOT / "docs" / f"{name}.md").read_text().strip()
+
+
+def test_figures_quoted_from_records():
+    """What README.md, config.py and docs/ say of families, accuracy and transients is what the generated pages hold."""
+    readme, numerics = (ROOT / name for name in ("README.md", "docs/numerics.md"))
+    native, families = re.search(r"(\d+) families, (\d+) native", (ROOT / "docs/families.md").read_text()).groups()[
+        ::-1
+    ]
+    assert f"{native} of the {families} decoder families" in readme.read_text()
+    host, *records = map(json.loads, (ROOT / "docs/transients_loading.jsonl").read_text().splitlines())
+    lost = {
+        (scenario, strategy): sum(
+            record["overflows"].get("logit", 0)
+            for record in records
+            if record["event"] and (record["scenario"], record["strategy"]) == (scenario, strategy)
+        )
+        for scenario, strategy in (("fresh", "rank-aware"), ("other", "auto-alpha"), ("fresh", "geometry"))
+    }
+    assert f"{lost['fresh', 'rank-aware']:,} logits in three calls" in numerics.read_text().replace("\n", " ")
+    assert f"{lost['other', 'auto-alpha'] / 1e6:.0f} million" in numerics.read_text()
+    assert lost["fresh", "geometry"] == 0
+    assert f"{host['batch_size'] * host['length']:,} tokens a call" in numerics.read_text()
+    rows = [json.loads(line) for line in (ROOT / "docs/accuracy.jsonl").read_text().splitlines()]
+    kl = {(r["task"], r["mode"]): r["kl"] for r in rows if r.get("phase") == "before" and "task" in r}
+    ratios = [kl[task, "high"] / kl[task, "operands"] for task, mode in kl if mode == "high"]
+    assert f"{sum(ratios) / len(ratios):.1f} of the KL divergence" in (ROOT / "hf_geoscale/config.py").read_text()
+    losses = (ROOT / "docs/training_losses.md").read_text()
+    mean, spread = map(float, re.search(r"mean ([-+.\d]+), standard deviation ([.\d]+)", losses).groups())
+    trained = [float(x) for x in re.findall(r"\| (?:BF16|FP8) \(\w+\) \| ([.\d]+)", losses)]
+    gaps = {round(fp8 - bf16, 3) for bf16, fp8 in zip(trained[::2], trained[1::2], strict=True)}
+    kernels = (ROOT / "docs/kernels.md").read_text()
+    assert f"ends {-mean:.3f} ± {spread:.3f} below BF16".replace(" 0.", " .") in kernels
+    assert gaps == {0.024}
+    assert "it stays .024 above it, at every seed" in kernels

@@ -21,7 +21,6 @@ ADAPTER_ROUNDING = 10 * UNIT_ROUNDOFF
 """Relative error of the base's and the adapter's outputs before they are added, where they may cancel: at most ten roundings
 (norm, gain, dropout, casts of A and B, both products, scaling, two sums), each relative to its own term."""
 
-
 MAGNITUDE_ROUNDING = 4 * UNIT_ROUNDOFF
 """Error of DoRA's m over (‖W's row‖ + s·|B|‖A's rows‖)/‖the row's norm‖·|m|: at most seven roundings, each half a unit roundoff
 (casts of W, A and B, product, scaling, sum and norm together, division), the norm being 1-Lipschitz in the row."""

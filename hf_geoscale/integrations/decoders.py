@@ -21,9 +21,8 @@ class Family:
     read: Callable[["AttentionSite"], readers.Projections]
     modules: tuple[str, ...]  # of the attention, whose parameters decide the scales
     softmax_scale: Callable[[Any], float]
-    post_norms: tuple[
-        str, ...
-    ] = ()  # the norms that end a block's sublayers, where none begins them; one is `input_norm`
+    # The norms that end a block's sublayers, where none begins them; one is `input_norm`.
+    post_norms: tuple[str, ...] = ()
 
 
 def _gpt2_softmax_scale(attention: Any) -> float:

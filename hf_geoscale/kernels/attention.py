@@ -177,7 +177,7 @@ def fp8_attention(
         query, key, value: float32, bfloat16 or float16, any strides, RoPE already applied. Hq is a multiple of Hkv. "triton"
             rounds float32 to bfloat16 first.
         q_quant_scale, k_quant_scale, v_quant_scale: float32 factors real → FP8 per head. 448/quant_scale must bound the
-            entries: of v as given, of q and k after the Hadamard mix (their 2-norm does).
+            entries: of v as given, of q and k after the Hadamard mix (their 2-norm does). Any strides; no gradient reaches them.
         softmax_scale: factor on q·k; default D^-½.
         softcap: logits S = q·k·softmax_scale become softcap·tanh(S/softcap) before the mask (Gemma 2), from 2⁻²⁰ to 2²⁰; None, the
             default, leaves them alone.
@@ -200,8 +200,9 @@ def fp8_attention(
         (B, Hq, Lq, D) in query's dtype, or that and the log-sum-exp; first derivatives only.
     Raises:
         RuntimeError: backend="triton" where it cannot run.
-        ValueError: a shape, head dimension, window, soft cap, probability or precision that is not as stated.
-        TypeError: an operand that is not floating point.
+        ValueError: a shape, head dimension, device, window, soft cap, probability or precision that is not as stated, or an empty
+            batch or sequence.
+        TypeError: an operand that is not floating point, or a key_range that holds no integers.
     """
     _check_operands(query, key, value)
     heads, kv_heads = query.shape[1], key.shape[1]
