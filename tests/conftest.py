@@ -128,7 +128,7 @@ class _OnDevice(TorchFunctionMode):
             return function(*args, **kwargs)
         if kwargs.get("generator") is not None:
             return function(*args, **kwargs).to(self.device)
-        return function(*args, **kwargs, device=self.device)
+        return function(*args, **kwargs | {"device": self.device})
 
 
 @pytest.fixture(autouse=True)
