@@ -2,6 +2,7 @@
 
 import math
 from functools import wraps
+from inspect import signature
 
 import torch
 import triton
@@ -31,8 +32,8 @@ def _like_heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _call(
     scales: tuple[Tensor, Tensor, Tensor], logit_quant_scale: Tensor | None, key_range: Tensor | None,
-    dropout_seed: Tensor | None, softmax_scale: float, softcap: float, causal: bool, window: int, dropout_p: float,
-    incoherent: bool, high: bool, dim: int,
+    dropout_seed: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool, softmax_scale: float, softcap: float,
+    causal: bool, window: int, dropout_p: float, incoherent: bool, high: bool, dim: int,
 ) -> Call:  # fmt: skip
     q_quant_scale, k_quant_scale, v_quant_scale = (x.contiguous() for x in scales)  # kernels read them as plain arrays
     logit_quant_scale = None if logit_quant_scale is None else logit_quant_scale.contiguous()
@@ -40,7 +41,7 @@ def _call(
     signs = hadamard_signs(min(padded_head_dim(dim), SIGNS_MAX), mix, q_quant_scale.device) if mix else None
     return Call(
         q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, high, dim,
-        signs, mix, logit_quant_scale, GRADIENT_ROWS, softcap,
+        signs, mix, logit_quant_scale, GRADIENT_ROWS, softcap, cos, sin, interleaved,
     )  # fmt: skip
 
 
@@ -55,6 +56,9 @@ def _attention_forward(
     dropout_seed: Tensor | None,  # () int64
     gradient_overflow: Tensor | None,  # (1,) int64: where the backward adds its count
     logit_quant_scale: Tensor | None,  # (Hq,)
+    cos: Tensor | None,  # (B or 1, L, R/2), last stride 1: RoPE of query and key
+    sin: Tensor | None,  # same strides
+    interleaved: bool,
     softmax_scale: float,
     softcap: float,  # 0: none
     causal: bool,
@@ -77,8 +81,8 @@ def _attention_forward(
     kv_heads, n_keys = key.shape[1:3]
     device, e4m3 = query.device, torch.float8_e4m3fn
     call = _call(
-        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, softmax_scale, softcap, causal,
-        min(window, n_keys), dropout_p, incoherent, high, dim,
+        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, cos, sin, interleaved,
+        softmax_scale, softcap, causal, min(window, n_keys), dropout_p, incoherent, high, dim,
     )  # fmt: skip
     padded = _padded(n_keys)
     q8 = torch.empty(query.shape, dtype=e4m3, device=device)
@@ -92,9 +96,9 @@ def _attention_forward(
     logit_max = torch.zeros(heads, device=device) if observe else torch.empty(0, device=device)
     grid = (batch * (heads + 2 * kv_heads), triton.cdiv(max(n_queries, padded), QUANTIZE_ROWS))
     quantize_kernel[grid](
-        query, key, value, *call.scales, call.signs, q8, k8, residual, v8, v_norm, amax, overflow, *query.stride(), *key.stride(),
-        *value.stride(), batch, heads, kv_heads, n_queries, n_keys, padded, D=dim, DP=call.padded_dim, MIX=call.mix, HIGH=high,
-        COUNT=count, BLOCK=QUANTIZE_ROWS,
+        query, key, value, *call.scales, call.signs, q8, k8, residual, v8, v_norm, amax, overflow, cos, sin, *query.stride(),
+        *key.stride(), *value.stride(), *call.angle_strides, batch, heads, kv_heads, n_queries, n_keys, padded, D=dim,
+        DP=call.padded_dim, TURNED=call.turned, INTERLEAVED=interleaved, MIX=call.mix, HIGH=high, COUNT=count, BLOCK=QUANTIZE_ROWS,
     )  # fmt: skip
 
     out = _like_heads_inside(query, query.dtype)
@@ -107,7 +111,7 @@ def _attention_forward(
 
 def _fake_forward(
     query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed, gradient_overflow,
-    logit_quant_scale, softmax_scale, softcap, causal, window, dropout_p, incoherent, high, count, observe,
+    logit_quant_scale, cos, sin, interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent, high, count, observe,
 ):  # fmt: skip
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
@@ -146,6 +150,9 @@ def _attention_backward(
     dropout_seed: Tensor | None,
     gradient_overflow: Tensor | None,
     logit_quant_scale: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
     softmax_scale: float,
     softcap: float,  # 0: none
     causal: bool,
@@ -161,8 +168,8 @@ def _attention_backward(
     kv_heads, n_keys = k8.shape[1:3]
     device, high, survival = q8.device, residual.numel() > 0, 1 - dropout_p
     call = _call(
-        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, softmax_scale, softcap, causal,
-        min(window, n_keys), dropout_p, incoherent, high, dim,
+        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, cos, sin, interleaved,
+        softmax_scale, softcap, causal, min(window, n_keys), dropout_p, incoherent, high, dim,
     )  # fmt: skip
     padded_dim, n_groups = call.padded_dim, triton.cdiv(n_queries, GRADIENT_ROWS)
 
@@ -207,10 +214,13 @@ def _attention_backward(
 
 def _fake_backward(
     grad_out, out, shift, row_sum, q8, k8, residual, v8, v_norm, q_quant_scale, k_quant_scale, v_quant_scale, key_range,
-    dropout_seed, gradient_overflow, logit_quant_scale, softmax_scale, softcap, causal, window, dropout_p, incoherent,
-    q_dtype, k_dtype, v_dtype,
+    dropout_seed, gradient_overflow, logit_quant_scale, cos, sin, interleaved, softmax_scale, softcap, causal, window, dropout_p,
+    incoherent, q_dtype, k_dtype, v_dtype,
 ):  # fmt: skip
     return _like_heads_inside(q8, q_dtype), _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
+
+
+INPUTS = len(signature(_attention_forward).parameters)
 
 
 class _Attention(torch.autograd.Function):
@@ -220,9 +230,10 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             output = attention_forward(*inputs)
-        query, key, value, q_scale, k_scale, v_scale, key_range, seed, overflow, logit_scale, *options = inputs
-        ctx.save_for_backward(*output[:8], q_scale, k_scale, v_scale, key_range, seed, overflow, logit_scale)
-        ctx.options = options[:6]
+        *operands, interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent, _, _, _ = inputs
+        query, key, value, *constants = operands
+        ctx.save_for_backward(*output[:8], *constants)
+        ctx.options = interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent
         ctx.dtypes = [query.dtype, key.dtype, value.dtype]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -231,13 +242,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, *_):
         if grad_out is None:
-            return (None,) * 19
+            return (None,) * INPUTS
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "fp8_attention has first derivatives only; its backward was called with create_graph=True"
             )
         grads = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, *ctx.dtypes)
-        return (*grads, *[None] * 16)
+        return (*grads, *[None] * (INPUTS - 3))
 
 
 def _on_device_of_operands(run):
