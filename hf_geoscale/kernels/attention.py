@@ -1,6 +1,8 @@
 """`fp8_attention`: the functional op, its checks, and the reference backend's autograd formula."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,7 +68,7 @@ class _ReferenceAttention(torch.autograd.Function):
 
 
 def _reference(
-    query, key, value, scales, rotary, interleaved, visibility, softmax_scale, softcap, incoherent, precision, dropout_p,
+    query, key, value, packed, scales, rotary, interleaved, visibility, softmax_scale, softcap, incoherent, precision, dropout_p,
     dropout_seed, statistics, return_lse,
 ):  # fmt: skip
     if dropout_p and dropout_seed is None:
@@ -74,12 +76,13 @@ def _reference(
     options = reference.Options(softmax_scale, incoherent, dropout_p, int(dropout_seed or 0), softcap)
     statistics = statistics or AttentionStatistics()
     if rotary is not None:
-        query, key = (rotate(x, *rotary, interleaved) for x in (query, key))
+        cos, sin = rotary
+        query, key = rotate(query, cos, sin, interleaved), rotate(key, cos, sin, interleaved)
     return _ReferenceAttention.apply(query, key, value, *scales, visibility, options, precision, statistics)
 
 
 def _fused(
-    query, key, value, scales, rotary, interleaved, visibility, softmax_scale, softcap, incoherent, precision, dropout_p,
+    query, key, value, packed, scales, rotary, interleaved, visibility, softmax_scale, softcap, incoherent, precision, dropout_p,
     dropout_seed, statistics, return_lse,
 ):  # fmt: skip
     device = query.device
@@ -97,8 +100,15 @@ def _fused(
     observe = statistics is not None and statistics.observe_logits
     operands = [kernel_operand(x, "triton") for x in (query, key, value)]
     scales = [x if x is None else x.to(device) for x in scales]
-    cos, sin = (None, None) if rotary is None else (x.to(device).contiguous() for x in rotary)
-    out, shift, row_sum, *_, amax, overflow, logit_max = fused.attention_forward(
+    cos = sin = None
+    if rotary is not None:
+        cos, sin = rotary
+        if cos.stride(-1) != 1 or cos.stride() != sin.stride():
+            cos, sin = cos.contiguous(), sin.contiguous()
+    forward: Callable = fused.attention_forward
+    if packed is not None:
+        operands, forward = [x.detach() for x in operands], partial(fused.PackedAttention.apply, packed)
+    out, shift, row_sum, *_, amax, overflow, logit_max = forward(
         *operands, *scales[:3], key_range, dropout_seed, statistics.gradient_counter(device) if observe else None, scales[3],
         cos, sin, interleaved, softmax_scale, softcap or 0.0, visibility.causal, visibility.window or 0, dropout_p, incoherent,
         precision == "high", statistics is not None, observe,
@@ -158,8 +168,26 @@ def _check_rotary(rotary: tuple[Tensor, Tensor], query: Tensor, key: Tensor) -> 
         raise ValueError(
             f"rotary needs as many keys as queries, got {key.shape[2]} and {length}; rotate them before the call"
         )
+    if cos.device != query.device or sin.device != query.device:
+        raise ValueError(
+            f"rotary is on {cos.device} and {sin.device}, query on {query.device}; they must share one device"
+        )
     if not cos.is_floating_point() or not sin.is_floating_point():
         raise TypeError(f"rotary's cos and sin must be floating point, got {cos.dtype} and {sin.dtype}")
+
+
+def _check_packed(packed: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
+    heads, kv_heads, dim = query.shape[1], key.shape[1], query.shape[3]
+    counts = (heads, kv_heads, kv_heads)
+    if packed.dim() == 3 and packed.shape[2] == sum(counts) * dim:
+        views = packed.unflatten(2, (-1, dim)).transpose(1, 2).split(counts, dim=1)
+        pairs = list(zip((query, key, value), views, strict=True))
+        if all(x.shape == y.shape and x.data_ptr() == y.data_ptr() and x.stride() == y.stride() for x, y in pairs):
+            return
+    raise ValueError(
+        f"query, key and value must be views of packed, {heads}, {kv_heads} and {kv_heads} heads of {dim} channels in this order, "
+        f"got packed {tuple(packed.shape)} and query {tuple(query.shape)}"
+    )
 
 
 def check_head_dim(dim: int) -> None:
@@ -178,6 +206,7 @@ def fp8_attention(
     q_quant_scale: Tensor,  # (Hq,)
     k_quant_scale: Tensor,  # (Hkv,)
     v_quant_scale: Tensor,  # (Hkv,)
+    packed: Tensor | None = None,  # (B, L, (Hq + 2·Hkv)·D)
     rotary: tuple[Tensor, Tensor] | None = None,  # (B or 1, L, R/2) each
     rotary_interleaved: bool = False,
     softmax_scale: float | None = None,
@@ -202,6 +231,8 @@ def fp8_attention(
         q_quant_scale, k_quant_scale, v_quant_scale: float32 factors real → FP8 per head. 448/quant_scale must bound the
             entries: of v as given, of q and k after RoPE and the Hadamard mix (their 2-norm does). Any strides; no gradient
             reaches them.
+        packed: the tensor that query, key and value are consecutive views of, as one fused projection gives it. "triton" then
+            gives it one gradient, without the concatenation that undoes a split; None, the default, gives one to each.
         rotary: (cos, sin) of rotary position embeddings that query and key have not had yet, for their first R ≤ D channels;
             the kernels turn q and k as they load them, and their gradients back, in float32. Needs Lq = Lk; without gradient.
             None, the default: RoPE was applied, or there is none.
@@ -241,6 +272,8 @@ def fp8_attention(
         name, count = f"{operand}_quant_scale", heads if operand in ("q", "logit") else kv_heads
         if given.shape != (count,) or given.dtype != torch.float32:
             raise ValueError(f"{name} must be float32 of shape ({count},), got {given.dtype} {tuple(given.shape)}")
+    if packed is not None:
+        _check_packed(packed, query, key, value)
     if rotary is not None:
         _check_rotary(rotary, query, key)
     if window is not None and (not causal or window < 1):
@@ -265,7 +298,7 @@ def fp8_attention(
     scales = (q_quant_scale, k_quant_scale, v_quant_scale, logit_quant_scale)
     attend = _fused if resolve_backend(backend, query.device) == "triton" else _reference
     out, lse = attend(
-        query, key, value, scales, rotary, rotary_interleaved, visibility, softmax_scale, softcap, incoherent, precision,
+        query, key, value, packed, scales, rotary, rotary_interleaved, visibility, softmax_scale, softcap, incoherent, precision,
         dropout_p, dropout_seed, statistics, return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -30,6 +30,12 @@ def _like_heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(batch, length, heads, dim, dtype=dtype, device=x.device).transpose(1, 2)
 
 
+def _packed_like(q8: Tensor, k8: Tensor, dtype: torch.dtype) -> Tensor:
+    """Empty (B, L, Hq + 2·Hkv, D): what one fused projection of q, k and v gives."""
+    batch, heads, length, dim = q8.shape
+    return torch.empty(batch, length, heads + 2 * k8.shape[1], dim, dtype=dtype, device=q8.device)
+
+
 def _call(
     scales: tuple[Tensor, Tensor, Tensor], logit_quant_scale: Tensor | None, key_range: Tensor | None,
     dropout_seed: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool, softmax_scale: float, softcap: float,
@@ -159,11 +165,15 @@ def _attention_backward(
     window: int,
     dropout_p: float,
     incoherent: bool,
+    packed: bool,
     q_dtype: torch.dtype,
     k_dtype: torch.dtype,
     v_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ (B, Hq, Lq, D), dK and dV (B, Hkv, Lk, D), with respect to the unquantised, unmixed operands. Deterministic."""
+    """dQ (B, Hq, Lq, D), dK and dV (B, Hkv, Lk, D), with respect to the unquantised, unmixed operands. Deterministic.
+
+    `packed`: instead one tensor (B, L, Hq + 2·Hkv, D) of all three in q_dtype, and two empty ones.
+    """
     batch, heads, n_queries, dim = q8.shape
     kv_heads, n_keys = k8.shape[1:3]
     device, high, survival = q8.device, residual.numel() > 0, 1 - dropout_p
@@ -199,8 +209,12 @@ def _attention_backward(
         n_keys, v8.shape[3], dim, padded_dim, high, QUANTIZE_ROWS,
     )  # fmt: skip
 
-    dq = _like_heads_inside(q8, q_dtype)
-    dk, dv = _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
+    if packed:
+        together = _packed_like(q8, k8, q_dtype)
+        dq, dk, dv = together.transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)
+    else:
+        dq = _like_heads_inside(q8, q_dtype)
+        dk, dv = _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
     kernels = hopper.launches_for(call, device, counters=gradient_overflow is not None) or launch
     kernels.query_gradient(
         call, q8, k8, k8_columns, residual, residual_columns, v8_rows, grad8, shift, row_factor, row_delta, group,
@@ -209,18 +223,37 @@ def _attention_backward(
     kernels.key_gradient(
         call, q8, q8_columns, k8, residual, v8_rows, grad8, grad8_columns, group_shift, group_delta, group, dk, dv
     )
-    return dq, dk, dv
+    return (together, together.new_empty(0), together.new_empty(0)) if packed else (dq, dk, dv)
 
 
 def _fake_backward(
     grad_out, out, shift, row_sum, q8, k8, residual, v8, v_norm, q_quant_scale, k_quant_scale, v_quant_scale, key_range,
     dropout_seed, gradient_overflow, logit_quant_scale, cos, sin, interleaved, softmax_scale, softcap, causal, window, dropout_p,
-    incoherent, q_dtype, k_dtype, v_dtype,
+    incoherent, packed, q_dtype, k_dtype, v_dtype,
 ):  # fmt: skip
+    if packed:
+        together = _packed_like(q8, k8, q_dtype)
+        return together, together.new_empty(0), together.new_empty(0)
     return _like_heads_inside(q8, q_dtype), _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
 
 
 INPUTS = len(signature(_attention_forward).parameters)
+
+
+def _remember(ctx, output: tuple[Tensor, ...], inputs: tuple) -> None:
+    """Keep what the backward reads: FP8 operands, O and its row statistics, and what is no tensor of this call's size."""
+    *operands, interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent, _, _, _ = inputs
+    query, key, value, *constants = operands
+    ctx.save_for_backward(*output[:8], *constants)
+    ctx.options = interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent
+    ctx.dtypes = [query.dtype, key.dtype, value.dtype]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("fp8_attention has first derivatives only; its backward was called with create_graph=True")
 
 
 class _Attention(torch.autograd.Function):
@@ -230,25 +263,37 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             output = attention_forward(*inputs)
-        *operands, interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent, _, _, _ = inputs
-        query, key, value, *constants = operands
-        ctx.save_for_backward(*output[:8], *constants)
-        ctx.options = interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent
-        ctx.dtypes = [query.dtype, key.dtype, value.dtype]
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
+        _remember(ctx, output, inputs)
         return output
 
     @staticmethod
     def backward(ctx, grad_out, *_):
         if grad_out is None:
             return (None,) * INPUTS
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "fp8_attention has first derivatives only; its backward was called with create_graph=True"
-            )
-        grads = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, *ctx.dtypes)
+        _refuse_second_derivatives()
+        grads = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, False, *ctx.dtypes)
         return (*grads, *[None] * (INPUTS - 3))
+
+
+class PackedAttention(torch.autograd.Function):
+    """The op on views of one tensor (B, L, (Hq + 2·Hkv)·D), which gets one gradient: no split to be undone by a concatenation."""
+
+    @staticmethod
+    def forward(ctx, packed, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = attention_forward(*inputs)
+        _remember(ctx, output, inputs)
+        ctx.packed = packed.shape, packed.dtype
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_out, *_):
+        if grad_out is None:
+            return (None,) * (INPUTS + 1)
+        _refuse_second_derivatives()
+        shape, dtype = ctx.packed
+        grad, _, _ = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, True, dtype, dtype, dtype)
+        return (grad.view(shape), *[None] * INPUTS)
 
 
 def _on_device_of_operands(run):
