@@ -168,7 +168,7 @@ class TestGenerate:
         options = {"max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
         exact = model.generate(ids, attention_mask=mask, **options)
         patch_model(model)
-        with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        with torch.autocast(model.device.type, dtype=torch.bfloat16), torch.inference_mode():
             ours = model.generate(ids, attention_mask=mask, **options)
         assert relative(ours.logits[0], exact.logits[0]) < OUTPUT_ERROR
         assert calls(model) == (1, {"kv_cache": 3})
