@@ -72,7 +72,7 @@ def _reference(
     dropout_seed, statistics, return_lse,
 ):  # fmt: skip
     if dropout_p and dropout_seed is None:
-        dropout_seed = torch.randint(2**63 - 1, ())
+        dropout_seed = torch.randint(2**63 - 1, (), device="cpu")
     options = reference.Options(softmax_scale, incoherent, dropout_p, int(dropout_seed or 0), softcap)
     statistics = statistics or AttentionStatistics()
     if rotary is not None:
