@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import transformer_engine.pytorch as te
+from accelerate import Accelerator
 from accelerate.utils.transformer_engine import convert_model
 from torch import Tensor, nn
 from transformer_engine.common.recipe import DelayedScaling, Format
@@ -41,6 +42,7 @@ def attention(
 
 def use_linears(model: PreTrainedModel) -> None:
     """Replace every linear layer, as accelerate's mixed_precision="fp8" does. The optimizer must be made after it."""
+    Accelerator()  # convert_model asks its state for DeepSpeed, and raises before there is one
     with torch.no_grad():
         convert_model(model)
     left = [name for name, module in model.named_modules() if type(module) is nn.Linear]
