@@ -10,8 +10,6 @@ compared with exact attention on a short input of the same shape; one that fails
 
 import argparse
 import json
-import platform
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -21,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from cudnn_fp8 import CudnnFp8, CudnnFp8IdleWindow
+from host import environment
 from rivals import Fa3, Rival, SdpaCudnn, SdpaFlash, Shape
 from speed_report import plot, to_markdown
 from torch import Tensor
@@ -183,24 +182,6 @@ def time_one(make, shape: Shape) -> dict[str, list[float]]:
         times["whole both"] = milliseconds(contender.whole_both)
         times["kernel backward"] = milliseconds(contender.backward)
     return times
-
-
-def environment() -> dict[str, str]:
-    def shell(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "cudnn": str(torch.backends.cudnn.version()),
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": shell("git", "rev-parse", "--short", "HEAD"),
-    }
 
 
 def measure(models: list[str], lengths: list[int]) -> list[dict]:
