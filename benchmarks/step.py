@@ -49,6 +49,8 @@ MODELS = (
     "Mistral-7B",
 )  # settings change slower than models, but Mistral, alike the first, is last
 DEFAULT_CONTENDERS = CONTENDERS[:4]
+LONGER = 2.5
+"""Seconds of a configuration of twice the length over this one's, at most (tokens twice, attention's share four times)."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,6 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Gate, time and describe one configuration."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.compiler.reset()
     try:
         comparison = Comparison(configuration, names, device, steps)
     except (torch.cuda.OutOfMemoryError, OutOfMemory) as error:
@@ -217,22 +218,25 @@ def measured_already(path: Path | None, host: dict[str, str]) -> set[Configurati
 def run(arguments: argparse.Namespace) -> None:
     started, host = time.perf_counter(), environment("transformers", "liger-kernel")
     done = measured_already(arguments.output, host)
-    longest = 0.0
+    took, last = 0.0, 0  # seconds of the longest configuration so far, and its length
     for configuration in configurations(arguments):
         elapsed = time.perf_counter() - started
         if configuration in done:
             continue
-        if arguments.budget_seconds and elapsed + longest > arguments.budget_seconds:
-            print(f"stopped before {configuration}: {elapsed:.0f} s used, the longest so far took {longest:.0f} s")
+        expected = took * (LONGER if configuration.length > last else 1.0)
+        if arguments.budget_seconds and elapsed + expected > arguments.budget_seconds:
+            print(f"stopped before {configuration}: {elapsed:.0f} s used, and it would take about {expected:.0f} s")
             break
         print(configuration, flush=True)
         rows = compare(configuration, arguments.contenders, host, arguments.steps)
+        if SETTINGS[configuration.setting][1]:
+            torch.compiler.reset()
         release()
         if arguments.output:
             with arguments.output.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         print(to_markdown(rows, notes=False), flush=True)
-        longest = max(longest, time.perf_counter() - started - elapsed)
+        took, last = max((took, last), (time.perf_counter() - started - elapsed, configuration.length))
 
 
 def main(argv: list[str] | None = None) -> None:

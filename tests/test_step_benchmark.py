@@ -119,12 +119,14 @@ def test_the_budget_ends_a_run_between_configurations(step, monkeypatch, capsys)
     clock = iter(range(0, 10_000, 10))  # each look at it is ten seconds later
     monkeypatch.setattr(step.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(step, "compare", lambda *_: [])
-    step.main(
-        ["--models", "smoke", "--lengths", "64", "128", "256", "512", "--settings", "plain", "--budget-seconds", "50"]
-    )
+    options = ["--models", "smoke", "--settings", "plain", "--lengths"]
+    step.main([*options, "64", "128", "256", "512", "--budget-seconds", "69"])
     printed = capsys.readouterr().out
     assert "smoke, 128 tokens" in printed
-    assert "stopped before smoke, 256 tokens, plain: 50 s used, the longest so far took 10 s" in printed
+    assert "stopped before smoke, 256 tokens, plain: 50 s used, and it would take about 25 s" in printed
+    step.main([*options, "64", "32", "16", "8", "--budget-seconds", "69"])
+    printed = capsys.readouterr().out
+    assert "stopped before smoke, 8 tokens, plain: 70 s used, and it would take about 10 s" in printed
 
 
 def test_ratios_are_to_the_faster_sdpa_of_the_last_rows(step):
