@@ -43,12 +43,10 @@ SETTINGS = {  # gradient checkpointing, torch.compile
     "checkpointing, compile": (True, True),
 }
 LENGTHS = (8192, 16384, 32768, 4096, 2048)
-MODELS = (
-    "Llama-3-8B",
-    "Llama-3.2-1B",
-    "Mistral-7B",
-)  # settings change slower than models, but Mistral, alike the first, is last
-DEFAULT_CONTENDERS = CONTENDERS[:4]
+MODELS = ("Llama-3-8B", "Llama-3.2-1B", "Mistral-7B")
+LAST = "Mistral-7B"  # without a window it is the first under another name: after everything else
+DEFAULT_CONTENDERS = ("SDPA cuDNN", "SDPA flash", "Liger + SDPA cuDNN", "hf_geoscale")
+ANY_SDPA = "SDPA"  # joins where there is a window, whose dense mask flash does not take and cuDNN may not
 LONGER = 2.5
 """Seconds of a configuration of twice the length over this one's, at most (tokens twice, attention's share four times)."""
 
@@ -69,9 +67,9 @@ class Configuration:
 
 def configurations(arguments: argparse.Namespace) -> list[Configuration]:
     """In order of importance."""
-    groups = [[m for m in arguments.models if m != "Mistral-7B"], [m for m in arguments.models if m == "Mistral-7B"]]
+    groups = [[m for m in arguments.models if (m == LAST) == last] for last in (False, True)]
     return [
-        Configuration(m, length, setting, arguments.window if m == "Mistral-7B" else None, arguments.max_layers)
+        Configuration(m, length, setting, arguments.window if m == LAST else None, arguments.max_layers)
         for group in groups
         for setting in arguments.settings
         for m in group
@@ -228,7 +226,8 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"stopped before {configuration}: {elapsed:.0f} s used, and it would take about {expected:.0f} s")
             break
         print(configuration, flush=True)
-        rows = compare(configuration, arguments.contenders, host, arguments.steps)
+        names = list(dict.fromkeys([*arguments.contenders, *([ANY_SDPA] if configuration.window else [])]))
+        rows = compare(configuration, names, host, arguments.steps)
         if SETTINGS[configuration.setting][1]:
             torch.compiler.reset()
         release()

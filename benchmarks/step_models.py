@@ -46,7 +46,7 @@ SHAPES = {
     "Llama-3-8B": ModelShape("llama", 4096, 14336, 32, 8, 32, 500000.0),
     "Llama-3.2-1B": ModelShape("llama", 2048, 8192, 32, 8, 16, 500000.0),
     "Mistral-7B": ModelShape("mistral", 4096, 14336, 32, 8, 32, 1000000.0),
-    "smoke": ModelShape("llama", 64, 96, 4, 2, 2, 10000.0),
+    "smoke": ModelShape("llama", 128, 192, 2, 1, 2, 10000.0),
 }
 
 LONG, VOCABULARY, SHORT_VOCABULARY = 8192, 32768, 1024
@@ -136,7 +136,7 @@ def apply_liger(model: PreTrainedModel) -> dict[str, Any]:
 ATTENTIONS = {"SDPA": "sdpa", "SDPA cuDNN": CUDNN, "SDPA flash": FLASH, "Liger + SDPA cuDNN": CUDNN}
 """Names in transformers; "SDPA" lets torch choose the backend."""
 
-SDPA = ("SDPA cuDNN", "SDPA flash")
+SDPA = ("SDPA cuDNN", "SDPA flash", "SDPA")
 CONTENDERS = (*SDPA, "Liger + SDPA cuDNN", "hf_geoscale", "Liger + hf_geoscale")
 
 
