@@ -4,8 +4,9 @@
 
 Every implementation runs in this process on the same BF16 tensors. Two bases, medians of CUDA-event times (p20 and p80 in the
 JSON): "kernel", operands already in the kernel's own format; "whole", from BF16 q, k, v, dO to BF16 O, dQ, dK, dV, quantisation
-included. TFLOP/s count 2 products forward and 5 backward, of visible logits only. Each implementation's O, dQ, dK, dV are first
-compared with exact attention on a short input of the same shape; one that fails is not timed.
+included. TFLOP/s count 2 products forward and 5 backward, of visible logits only. What goes through autograd, as users call it, has
+the second basis only. Each implementation's O, dQ, dK, dV are first compared with exact attention (`speed_gate`); one that is wrong
+is not timed, and the page says so.
 """
 
 import argparse

@@ -97,6 +97,7 @@ class Comparison:
         self.ids = torch.randint(self.base.config.vocab_size, (1, length), generator=generator).to(device)
         self.status: dict[str, str] = {}
         self.times: dict[str, Times] = {}
+        self.first: dict[str, dict[str, float]] = {}  # losses and gradient norms of the gate, and what may differ
         self.contenders: dict[str, Contender] = {}
         for name in names:
             self.attempt(name, lambda name=name: self.contenders.update({name: self.contend(name)}))
@@ -150,8 +151,10 @@ class Comparison:
         steps = self.first_steps(self.ids, details=False)
         rival = next((name for name in steps if name.startswith("SDPA")), None)
         for name, step in steps.items():
+            self.first[name] = {"loss": step.loss, "norm": step.norm}
             if rival and (reason := wrong_in_full(step, steps[rival], allowed)):
                 self.drop(name, f"wrong: {reason}")
+        self.first["allowed"] = {"loss": allowed.loss, "norm": allowed.norm}
         return allowed
 
     def measure(self) -> None:
@@ -177,6 +180,7 @@ class Comparison:
             "vocabulary": self.base.config.vocab_size,
             "checkpointing": self.checkpointing,
             "compiled": self.compiled,
+            "first_steps": self.first,
         }
         measured = {name: asdict(times) for name, times in self.times.items() if name in self.contenders}
         statuses = dict.fromkeys(measured, "ok") | self.status

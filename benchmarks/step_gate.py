@@ -49,8 +49,8 @@ def first_step(contender: Contender, ids: Tensor, details: bool) -> FirstStep:
     with contender.running():
         out = model(input_ids=ids, labels=ids, use_cache=False)
         out.loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
-    step = FirstStep(float(out.loss.detach()), float(norm))
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in model.parameters()]
+    step = FirstStep(float(out.loss.detach()), float(torch.stack(norms).norm()))
     if details:
         logits = out.logits.detach()[:, :-1].float()
         step.token_losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")

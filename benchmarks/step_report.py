@@ -29,7 +29,8 @@ vocabulary {vocabularies}; the loss head in one piece for every attention (Liger
 fused loss). Ratio: the faster SDPA's median over this one's, same model, layers, tokens and setting. Peak: allocated memory, with
 weights, gradients and optimizer states. Refresh: device time from the optimizer's end to the refresh's end, and CPU time, waiting
 included. Launching: CPU time until a step is launched, refresh left out, after a synchronisation; it contains waiting where the
-GPU's queue is full. Gate before timing: `benchmarks/step_gate.py`.
+GPU's queue is full. Gate before timing: `benchmarks/step_gate.py`; the first losses and gradient norms, and what was allowed, are
+in the records.
 """
 
 

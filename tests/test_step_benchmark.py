@@ -59,6 +59,8 @@ def test_a_run_and_its_page(step, tmp_path, capsys):
             assert row["status"].startswith("failed: RuntimeError: No viable backend")
             continue
         assert row["status"] == "ok"
+        first = row["first_steps"]
+        assert abs(first["hf_geoscale"]["norm"] / first["SDPA flash"]["norm"] - 1) < first["allowed"]["norm"] < 0.5
         assert len(row["times"]["step"]) == 2
         assert len(row["times"]["refresh"]) == (2 if row["contender"] == "hf_geoscale" else 0)
         assert all(a > b for a, b in zip(row["times"]["step"], row["times"]["refresh"], strict=False))
