@@ -1,7 +1,6 @@
 """Largest logits of an unpatched model: its own attention implementation, with a look at q and k on the way."""
 
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -99,7 +98,6 @@ def _observe(original: str, module: Any, query: Tensor, key: Tensor, value: Tens
         causal = getattr(module, "is_causal", True) if causal is None else causal
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         observer.add(module, logit_amax(query, key, attention_mask, scale, causal))
-    attend: Callable[..., Any] = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if original != "eager":
-        attend = ALL_ATTENTION_FUNCTIONS[original]
+    own: Any = sys.modules[type(module).__module__]  # eager attention is a function of each family
+    attend: Any = own.eager_attention_forward if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
     return attend(module, query, key, value, attention_mask, **call)

@@ -183,6 +183,16 @@ def _read_latent(builder: _Builder, attention: Any, layer: int) -> AttentionSlic
     return AttentionSlices(attention, uq, uk, qr)
 
 
+def base_model(model: Any) -> Any:
+    """The transformers model itself, or the one inside a PEFT model. Raises TypeError for anything else."""
+    base = model.get_base_model() if type(model).__module__.startswith("peft.") else model
+    if not hasattr(getattr(base, "config", None), "model_type"):
+        raise TypeError(
+            f"expected a transformers model or a PEFT model of one, got {type(model).__name__}; unwrap it first"
+        )
+    return base
+
+
 def logit_weights(model: Any) -> tuple[LogitWeights, list[AttentionSlices]]:
     """The slices of a model that make its logits, and by layer.
 
@@ -192,12 +202,7 @@ def logit_weights(model: Any) -> tuple[LogitWeights, list[AttentionSlices]]:
     Raises:
         UnsupportedModelError: another family, a q/k norm, an adapter or quantised weights on queries or keys.
     """
-    if type(model).__module__.startswith("peft."):
-        model = model.get_base_model()
-    if not hasattr(getattr(model, "config", None), "model_type"):
-        raise TypeError(
-            f"expected a transformers model or a PEFT model of one, got {type(model).__name__}; unwrap it first"
-        )
+    model = base_model(model)
     builder = _Builder()
     if model.config.model_type in MLA_FAMILIES:
         modules = [m for m in model.modules() if hasattr(m, "kv_a_proj_with_mqa") and hasattr(m, "kv_b_proj")]

@@ -9,7 +9,7 @@ from .logit_weights import logit_weights
 
 
 class QuacK(LogitChangeControl):
-    """Wraps an optimizer so that no step changes the attention logits by more than the step size allows, however large W_Q and W_K are.
+    """Wraps an optimizer so that what a step does to the attention logits does not grow with W_Q and W_K.
 
         optimizer = QuacK(torch.optim.AdamW(model.parameters(), lr=3e-3), model, tau=1.0)
 
