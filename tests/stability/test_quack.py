@@ -195,7 +195,7 @@ class TestUpdates:
             return loss
 
         first = control.step(closure)
-        assert float(closure()) < float(first)
+        assert float(closure().detach()) < float(first.detach())
 
 
 class TestState:
