@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from logit_change_report import plot, to_markdown
+from logit_change_report import CONTROLS, plot, to_markdown
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -51,15 +51,6 @@ SEEDS = (0, 1, 2)
 RATES = {"AdamW": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "Muon": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
 REST_RATE, WEIGHT_DECAY, BETAS = 3e-3, 0.1, (0.9, 0.95)
 THRESHOLD = 100.0
-CONTROLS = (
-    "plain",
-    "fixed factor, τ = 0.1",
-    "q/k norm",
-    "QK-Clip, observed",
-    "QK-Clip, certificate",
-    "QuacK, τ = 1",
-    "QuacK, τ = 0.1",
-)
 ATTENTIONS = ("BF16", "FP8")
 WARM_UP_STEPS = 3
 """Of a run that only compiles kernels, before the workers share its cache."""

@@ -5,6 +5,16 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
 
+CONTROLS = (
+    "plain",
+    "fixed factor, τ = 0.1",
+    "q/k norm",
+    "QK-Clip, observed",
+    "QK-Clip, certificate",
+    "QuacK, τ = 1",
+    "QuacK, τ = 0.1",
+)
+
 RISE = 0.1
 """Nats that a stable run may end above its lowest held-out loss."""
 
@@ -23,9 +33,10 @@ def _finished(record: dict) -> bool:
 
 
 def sweeps(records: list[dict]) -> dict[tuple[str, str, str], Sweep]:
-    """(optimizer, attention, control) → its sweep, rates ascending."""
+    """(optimizer, attention, control) → its sweep, rates ascending; in one order, whichever run ended first."""
     found: dict[tuple[str, str, str], Sweep] = defaultdict(lambda: defaultdict(list))
-    for record in records:
+    ordered = sorted(records, key=lambda r: (r["optimizer"], r["attention"], CONTROLS.index(r["control"]), r["seed"]))
+    for record in ordered:
         found[record["optimizer"], record["attention"], record["control"]][record["rate"]].append(record)
     return {name: dict(sorted(sweep.items())) for name, sweep in found.items()}
 
@@ -113,7 +124,7 @@ def to_markdown(host: dict, records: list[dict]) -> str:
         "Highest stable rate: the largest of the sweep at which, and below which, every seed is stable.",
         "",
     ]
-    for optimizer in dict.fromkeys(record["optimizer"] for record in records):
+    for optimizer in dict.fromkeys(optimizer for optimizer, *_ in found):
         lines += _tables(optimizer, found, entropy)
     return "\n".join(lines).rstrip() + "\n"
 
