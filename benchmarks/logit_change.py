@@ -14,8 +14,8 @@ is of the layers' matrices, the rest has AdamW at 3e-3. Weight decay 0.1, no gra
 looks at held-out text every 10 steps.
 
 Declared before any run: a run is stable if all its losses are finite, its last held-out loss is at most RISE above its lowest, and
-that is below the entropy of the byte frequencies (it learnt more than how frequent bytes are). The highest stable rate of a method
-is the largest of the sweep at which, and below which, every seed is stable.
+that is at least LEARNT below the entropy of the byte frequencies (it learnt more than how frequent bytes are). The highest stable
+rate of a method is the largest of the sweep at which, and below which, every seed is stable.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from hf_geoscale.integrations.logit_observer import LogitObserver
 STEPS, PROBE_EVERY = 150, 10
 BATCH, LENGTH, HELD_OUT = 16, 256, 16
 SEEDS = (0, 1, 2)
-RATES = {"AdamW": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "Muon": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
+RATES = {"AdamW": (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), "Muon": (1e-2, 3e-2, 1e-1, 3e-1, 1.0)}
 REST_RATE, WEIGHT_DECAY, BETAS = 3e-3, 0.1, (0.9, 0.95)
 THRESHOLD = 100.0
 ATTENTIONS = ("BF16", "FP8")

@@ -29,7 +29,7 @@ def record(held_out, rate=0.01, seed=0, control="plain", losses=None) -> dict:
 STABLE = [3.0, 2.0, 2.05]
 UNSTABLE = {
     "risen": {"held_out": [3.0, 2.0, 2.11]},
-    "no better than byte frequencies": {"held_out": [3.3, 3.25, 3.21]},
+    "no better than byte frequencies": {"held_out": [3.3, 2.95, 2.91]},
     "a loss that is not finite": {"held_out": STABLE, "losses": [3.0, math.nan, 2.0]},
     "a probe that is not finite": {"held_out": [3.0, math.inf, 2.0]},
     "ended early": {"held_out": STABLE, "losses": [3.0, 2.5]},

@@ -7,6 +7,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_geoscale import GeoScaleCallback, QKClip, UnsupportedModelError, geometry_report, patch_model
+from hf_geoscale.integrations import geoscale_layers
 from hf_geoscale.integrations.logit_observer import logit_amax
 
 from ..conftest import tiny_model, tokens
@@ -140,6 +141,18 @@ class TestObserved:
         torch.testing.assert_close(
             after, before[0].clamp(max=2.0), rtol=0.05, atol=0
         )  # q and k are rounded to E4M3 anew
+
+    def test_clipped_weights_are_measured_again_whoever_accepted_their_drift(self):
+        model = patch_model(tiny_model("llama", spread=0.3).train(), observe_logits=True, headroom=4.0)
+        clip = QKClip(model, threshold=2.0)
+        model(input_ids=tokens(2, 16))
+        before = [layer.geometry.logit_bound for layer in geoscale_layers(model)]
+        assert clip.step() > 0
+        for layer in geoscale_layers(model):
+            layer.accept_drift()  # as GeoScaleCallback does between refreshes
+        model(input_ids=tokens(2, 16))
+        for layer, old in zip(geoscale_layers(model), before, strict=True):
+            assert (layer.geometry.logit_bound < old).any()
 
     @pytest.mark.parametrize("first", ["clip", "scales"])
     def test_in_a_trainer_before_or_after_the_refresh_of_scales(self, tmp_path, first):
