@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_geoscale.stability import HeadSlices, LogitChangeControl, LogitWeights, clip_factors
+from hf_geoscale.stability import HeadSlices, LogitChangeControl, LogitWeights
 from hf_geoscale.stability.quack import INITIAL_REACH
 
 from ..tolerances import FLOAT64_ROUNDOFF
@@ -303,20 +303,3 @@ class TestRefusals:
         model.k.weight = nn.Parameter(model.k.weight.detach().flatten())
         with pytest.raises(ValueError, match=r"k must have 16 entries along dimension 0, its shape is now \(256,\)"):
             control.step()
-
-
-class TestClipFactors:
-    def test_bring_each_head_to_the_threshold_and_leave_the_others(self):
-        amax = torch.tensor([50.0, 400.0, 100.0, 20.0, 150.0, 600.0])
-        query, key = clip_factors(amax, 100.0, 3)
-        after = amax.double() * query * key.repeat_interleave(2)
-        torch.testing.assert_close(after, amax.double().clamp(max=100.0), rtol=FLOAT64_ROUNDOFF, atol=0)
-        assert query[2] == query[3] == key[1] == 1.0
-
-    def test_share_the_root_where_heads_are_not_grouped(self):
-        query, key = clip_factors(torch.tensor([400.0, 10.0]), 100.0, 2)
-        assert query.tolist() == key.tolist() == [0.5, 1.0]
-
-    def test_leave_heads_that_diverged(self):
-        query, key = clip_factors(torch.tensor([math.nan, math.inf]), 100.0, 2)
-        assert query.tolist() == key.tolist() == [1.0, 1.0]
