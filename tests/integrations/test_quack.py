@@ -92,6 +92,18 @@ class TestLayouts:
         assert len(scaled) == len(logit_weights(controlled)[0].parameters)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gpt_neox"])
+def test_norms_on_a_gpu_are_the_same_bits_every_time(case):
+    """Replicas under DDP compute them apart."""
+    model = build(case)
+    expected = logit_weights(model)[0].norms().cpu()
+    weights, _ = logit_weights(model.cuda())
+    first = weights.norms()
+    torch.testing.assert_close(first.cpu(), expected, rtol=1e-6, atol=0)
+    assert all(torch.equal(weights.norms(), first) for _ in range(20))
+
+
 class Logits:
     """Logits of the first layer, with RoPE, while `record` runs."""
 
