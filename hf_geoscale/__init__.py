@@ -10,6 +10,8 @@ _HOMES = {
     "GeoScaleCallback": "integrations",
     "GeoScaleConfig": "config",
     "NonFiniteWeightsError": "errors",
+    "QKClip": "integrations",
+    "QuacK": "integrations",
     "UnsupportedAttentionError": "errors",
     "UnsupportedModelError": "errors",
     "fp8_attention": "kernels",
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from .errors import UnsupportedAttentionError as UnsupportedAttentionError
     from .errors import UnsupportedModelError as UnsupportedModelError
     from .integrations import GeoScaleCallback as GeoScaleCallback
+    from .integrations import QKClip as QKClip
+    from .integrations import QuacK as QuacK
     from .integrations import geometry_report as geometry_report
     from .integrations import patch_model as patch_model
     from .integrations import refresh_scales as refresh_scales

@@ -11,12 +11,16 @@ from .patching import (
     scaling_state_dict,
     unpatch_model,
 )
+from .qk_clip import QKClip
+from .quack import QuacK
 from .report import GeometryReport, geometry_report
 
 __all__ = [
     "FAMILIES",
     "GeoScaleCallback",
     "GeometryReport",
+    "QKClip",
+    "QuacK",
     "geometry_report",
     "geoscale_layers",
     "load_scaling_state_dict",

@@ -126,7 +126,7 @@ def _transformers_model(model: Any) -> PreTrainedModel:
     return base
 
 
-def _own_config(outer: nn.Module, model: PreTrainedModel) -> None:
+def own_config(outer: nn.Module, model: PreTrainedModel) -> None:
     """Give the model a config object of its own: the name of the attention lives there, and other models may share it."""
     shared, own = model.config, copy.deepcopy(model.config)
     for module in outer.modules():
@@ -183,7 +183,7 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
     if original == NAME:  # the name alone, copied from a patched model's config, as TRL does for its reference model
         original = "sdpa"
     _install_all(layers, measured)
-    _own_config(outer, model)
+    own_config(outer, model)
     for layer in layers:
         _attach(layer.site.attention, layer, original)
     if layers[0].site.stream is not None:

@@ -1,0 +1,156 @@
+"""Page and figure of benchmarks/logit_change.py, from its records."""
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean, stdev
+
+CONTROLS = (
+    "plain",
+    "fixed factor, τ = 0.1",
+    "q/k norm",
+    "QK-Clip, observed",
+    "QK-Clip, certificate",
+    "QuacK, τ = 1",
+    "QuacK, τ = 0.1",
+)
+
+RISE = 0.1
+"""Nats that a stable run may end above its lowest held-out loss."""
+
+LEARNT = 0.3
+"""Nats that a stable run ends below the entropy of the byte frequencies, at least."""
+
+Sweep = dict[float, list[dict]]  # rate → its runs, a seed each
+
+
+def is_stable(record: dict, entropy: float) -> bool:
+    """As declared in benchmarks/logit_change.py before any run."""
+    held_out = [loss for _, loss, _ in record["probes"]]
+    finite = _finished(record) and all(map(math.isfinite, held_out))
+    return finite and held_out[-1] <= min(held_out) + RISE and held_out[-1] <= entropy - LEARNT
+
+
+def _finished(record: dict) -> bool:
+    return len(record["losses"]) == record["steps"] and all(map(math.isfinite, record["losses"]))
+
+
+def sweeps(records: list[dict]) -> dict[tuple[str, str, str], Sweep]:
+    """(optimizer, attention, control) → its sweep, rates ascending; in one order, whichever run ended first."""
+    found: dict[tuple[str, str, str], Sweep] = defaultdict(lambda: defaultdict(list))
+    ordered = sorted(records, key=lambda r: (r["optimizer"], r["attention"], CONTROLS.index(r["control"]), r["seed"]))
+    for record in ordered:
+        found[record["optimizer"], record["attention"], record["control"]][record["rate"]].append(record)
+    return {name: dict(sorted(sweep.items())) for name, sweep in found.items()}
+
+
+def highest_stable_rate(sweep: Sweep, entropy: float) -> float | None:
+    """Largest rate at which, and below which, every seed is stable; None if the lowest is not."""
+    highest = None
+    for rate, runs in sweep.items():
+        if not all(is_stable(run, entropy) for run in runs):
+            break
+        highest = rate
+    return highest
+
+
+def _spread(values: list[float]) -> str:
+    if not values or not all(map(math.isfinite, values)):
+        return "not finite"
+    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _cell(runs: list[dict], entropy: float) -> str:
+    """Held-out loss at the end, and how many seeds were unstable if any was."""
+    last = [run["probes"][-1][1] if _finished(run) else math.nan for run in runs]
+    unstable = sum(not is_stable(run, entropy) for run in runs)
+    return _spread(last) + (f" ({unstable}/{len(runs)} unstable)" if unstable else "")
+
+
+def _largest_logit(runs: list[dict]) -> str:
+    seen = [logit for run in runs for *_, logit in run["probes"] if math.isfinite(logit)]
+    return f"{max(seen):.3g}" if seen else "–"
+
+
+def _tables(optimizer: str, found: dict[tuple[str, str, str], Sweep], entropy: float) -> list[str]:
+    """Losses and largest logits over the rates; overflows and clips, added up over a sweep."""
+    ours = {name[1:]: sweep for name, sweep in found.items() if name[0] == optimizer}
+    rates = sorted({rate for sweep in ours.values() for rate in sweep})
+    columns = [f"{rate:g}" for rate in rates]
+    lines = [
+        f"## {optimizer}",
+        "",
+        "Held-out loss at the end, nats a byte, mean ± standard deviation over seeds.",
+        "",
+        f"| attention | method | highest stable rate | {' | '.join(columns)} | FP8 overflows | heads clipped |",
+        "|---|---|---|" + "---|" * (len(rates) + 2),
+    ]
+    for (attention, control), sweep in ours.items():
+        highest = highest_stable_rate(sweep, entropy)
+        cells = [_cell(sweep[rate], entropy) if rate in sweep else "–" for rate in rates]
+        runs = [run for group in sweep.values() for run in group]
+        counts = [f"{sum(run[name] for run in runs):,}" for name in ("overflows", "clipped_heads")]
+        counts[0] = counts[0] if attention == "FP8" else "–"
+        counts[1] = counts[1] if control.startswith("QK-Clip") else "–"
+        label = "none" if highest is None else f"{highest:g}"
+        lines.append(f"| {attention} | {control} | {label} | {' | '.join(cells)} | {' | '.join(counts)} |")
+    lines += [
+        "",
+        "Largest |logit| at any probe (softmax scale included, before the softmax), of all seeds.",
+        "",
+        f"| attention | method | {' | '.join(columns)} |",
+        "|---|---|" + "---|" * len(rates),
+    ]
+    for (attention, control), sweep in ours.items():
+        cells = [_largest_logit(sweep[rate]) if rate in sweep else "–" for rate in rates]
+        lines.append(f"| {attention} | {control} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def to_markdown(host: dict, records: list[dict]) -> str:
+    found, entropy = sweeps(records), host["byte_entropy"]
+    seeds = sorted({record["seed"] for record in records})
+    first = records[0]
+    lines = [
+        "# Learning rates and logit-change control",
+        "",
+        f"Generated by `{host['command']}`: {host['device']}, driver {host['driver']}, torch {host['torch']}, Triton",
+        f"{host['triton']}, transformers {host['transformers']}, commit {host['commit']}. {len(records)} of {host['runs']} runs,",
+        f"seeds {', '.join(map(str, seeds))} (weights and order of data).",
+        "",
+        f"A Llama of {first['layers']} layers, width {first['width']}, trained from scratch on the bytes of Python's manual:",
+        f"{first['steps']} steps of {first['batch']} × {first['length']} bytes, BF16 autocast. QK-Clip's threshold is",
+        f"{host['threshold']:g}. One small model, few steps: it says which method breaks first here, not what a large one will do.",
+        "",
+        "Stable, as declared before any run: all losses finite, the last held-out loss at most",
+        f"{RISE:g} nats above the run's lowest, and at least {LEARNT:g} below the entropy of the byte frequencies, {entropy:.3f}.",
+        "Highest stable rate: the largest of the sweep at which, and below which, every seed is stable.",
+        "",
+    ]
+    for optimizer in dict.fromkeys(optimizer for optimizer, *_ in found):
+        lines += _tables(optimizer, found, entropy)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def plot(host: dict, records: list[dict], path: Path) -> None:
+    """Mean held-out loss at the end over the rate, a panel an optimizer and attention, cut off at the byte entropy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found, limit = sweeps(records), host["byte_entropy"]
+    panels = list(dict.fromkeys(name[:2] for name in found))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.6), sharey=True, squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for (*where, control), sweep in found.items():
+            if tuple(where) != panel:
+                continue
+            last = [[run["probes"][-1][1] if _finished(run) else limit for run in runs] for runs in sweep.values()]
+            means = [fmean(min(x, limit) if math.isfinite(x) else limit for x in losses) for losses in last]
+            axis.plot(list(sweep), means, marker="o", markersize=3, label=control)
+        axis.set(title=", ".join(panel), xscale="log", xlabel="learning rate")
+    axes[0][0].set_ylabel("held-out loss at the end, nats a byte")
+    axes[0][0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)

@@ -1,0 +1,72 @@
+"""What benchmarks/logit_change.py calls stable, and that its page is what its records say."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENTROPY = 3.2
+
+
+@pytest.fixture(scope="module")
+def report():
+    spec = importlib.util.spec_from_file_location("logit_change_report", ROOT / "benchmarks" / "logit_change_report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def record(held_out, rate=0.01, seed=0, control="plain", losses=None) -> dict:
+    probes = [[10 * i, loss, 2.0 + i] for i, loss in enumerate(held_out, 1)]
+    named = {"control": control, "attention": "FP8", "optimizer": "Muon", "rate": rate, "seed": seed, "steps": 3}
+    shape = {"layers": 4, "width": 256, "batch": 16, "length": 256, "overflows": 0, "clipped_heads": 0}
+    return named | shape | {"losses": losses or [3.0, 2.5, 2.0], "probes": probes}
+
+
+STABLE = [3.0, 2.0, 2.05]
+UNSTABLE = {
+    "risen": {"held_out": [3.0, 2.0, 2.11]},
+    "no better than byte frequencies": {"held_out": [3.3, 2.95, 2.91]},
+    "a loss that is not finite": {"held_out": STABLE, "losses": [3.0, math.nan, 2.0]},
+    "a probe that is not finite": {"held_out": [3.0, math.inf, 2.0]},
+    "ended early": {"held_out": STABLE, "losses": [3.0, 2.5]},
+    "ended before a probe": {"held_out": [], "losses": [3.0]},
+}
+
+
+def test_a_stable_run(report):
+    assert report.is_stable(record(STABLE), ENTROPY)
+
+
+@pytest.mark.parametrize("reason", UNSTABLE)
+def test_unstable_runs(report, reason):
+    run = record(**UNSTABLE[reason])
+    assert not report.is_stable(run, ENTROPY)
+    assert "1/1 unstable" in report.to_markdown(HOST, [run])
+
+
+HOST = dict.fromkeys(("command", "device", "driver", "torch", "triton", "transformers", "commit"), "x")
+HOST |= {"byte_entropy": ENTROPY, "threshold": 100.0, "runs": 6}
+
+
+def test_the_highest_stable_rate_is_below_the_first_break_of_any_seed(report):
+    runs = [record(STABLE, rate, seed) for rate in (0.3, 0.1, 0.01) for seed in (0, 1)]
+    (sweep,) = report.sweeps(runs).values()
+    assert report.highest_stable_rate(sweep, ENTROPY) == 0.3
+    runs[2] = record(UNSTABLE["risen"]["held_out"], 0.1)
+    (sweep,) = report.sweeps(runs).values()
+    assert report.highest_stable_rate(sweep, ENTROPY) == 0.01
+    page = report.to_markdown(HOST, runs)
+    assert "| FP8 | plain | 0.01 | 2.050 ± 0.000 | 2.080 ± 0.042 (1/2 unstable) | 2.050 ± 0.000 | 0 | – |" in page
+    assert page == report.to_markdown(HOST, runs[::-1])
+
+
+def test_the_page_is_rendered_from_its_records(report):
+    path = ROOT / "docs" / "logit_change.jsonl"
+    if not path.exists():
+        pytest.skip("docs/logit_change.jsonl is made on a GPU, and has not been")
+    host, *records = (json.loads(line) for line in path.read_text().splitlines())
+    assert report.to_markdown(host, records) == path.with_suffix(".md").read_text()
