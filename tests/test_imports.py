@@ -14,8 +14,9 @@ ROOMS = {
     "geometry": (set(), {"torch"}),
     "scaling": ({"geometry", "config"}, {"torch"}),
     "kernels": ({"scaling.formats"}, {"torch", "triton"}),
+    "stability": ({"geometry"}, {"torch", "matplotlib"}),
     "integrations": (
-        {"geometry", "scaling", "kernels", "config", "errors"},
+        {"geometry", "scaling", "kernels", "stability", "config", "errors"},
         {"torch", "transformers", "accelerate", "peft", "bitsandbytes"},
     ),
     "cli": (
