@@ -10,7 +10,7 @@ EPSILON_NAMES = ("eps", "variance_epsilon", "epsilon")
 """Attributes in which norm layers keep ε, of torch, of Llama's kin, and of others."""
 
 PAST = 512
-"""Observations whose running maxima an `EarlyWarning` remembers."""
+"""Risks of a layer that a `NormEpsilonController` remembers."""
 
 
 @dataclass
@@ -24,19 +24,24 @@ class EarlyWarning:
     Args:
         span: observations of the running maximum.
         warm_up: observations of the past that must be there before the first warning.
+        memory: running maxima that make up the past. Bounded, since κ_softmax grows while a healthy model learns, too.
         ratio: > 1, how far above its past.
     """
 
     span: int = 4
     warm_up: int = 8
+    memory: int = 16
     ratio: float = 1.5
     recent: deque[float] = field(default_factory=deque, init=False)
-    past: deque[float] = field(default_factory=lambda: deque(maxlen=PAST), init=False)
+    past: deque[float] = field(default_factory=deque, init=False)
     warnings: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.span < 1 or self.warm_up < 1:
             raise ValueError(f"span and warm_up must be at least 1 observation, got {self.span} and {self.warm_up}")
+        if self.memory < self.warm_up:
+            raise ValueError(f"memory must be at least warm_up, {self.warm_up} observations, got {self.memory}")
+        self.past = deque(maxlen=self.memory)
         if not self.ratio > 1:
             raise ValueError(f"ratio must be above 1, got {self.ratio}")
 
