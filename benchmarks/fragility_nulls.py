@@ -6,17 +6,17 @@ import numpy as np
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
-    """Ranks from 0, ties sharing their mean."""
+    """Ranks around 0, ties sharing their mean, scaled to a sum of squares of 1 (0 where all are equal)."""
     array = np.asarray(values, dtype=float)
-    return np.array([(array < x).sum() + ((array == x).sum() - 1) / 2 for x in array])
+    below, equal = (array[:, None] > array).sum(1), (array[:, None] == array).sum(1)
+    found = below + (equal - 1) / 2 - (len(array) - 1) / 2
+    scale = np.sqrt((found**2).sum())
+    return found / scale if scale else found
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """Rank correlation; 0 where a series is constant."""
-    a, b = ranks(x), ranks(y)
-    a, b = a - a.mean(), b - b.mean()
-    scale = np.sqrt((a**2).sum() * (b**2).sum())
-    return float((a * b).sum() / scale) if scale else 0.0
+    return float(ranks(x) @ ranks(y))
 
 
 def circular_shift_p(x: Sequence[float], y: Sequence[float]) -> float:
@@ -25,9 +25,9 @@ def circular_shift_p(x: Sequence[float], y: Sequence[float]) -> float:
     One-sided; keeps each series' own memory, which permuting single entries would destroy. Never below 1/n. Two series with
     a common trend pass it whatever they have to do with each other: look at their differences too.
     """
-    observed, n = spearman(x, y), len(y)
-    hits = sum(spearman(x, np.roll(y, shift)) >= observed - 1e-12 for shift in range(n))
-    return hits / n
+    a, b = ranks(x), ranks(y)
+    shifted = np.array([a @ np.roll(b, shift) for shift in range(len(b))])
+    return float((shifted >= shifted[0] - 1e-12).mean())
 
 
 def differences(x: Sequence[float]) -> np.ndarray:

@@ -23,7 +23,7 @@ BLOW_UP = 0.7
 SPIKE = 2.0
 """Times the median of its past at which a BF16 mismatch counts as an error spike."""
 
-RULE = {"span": 4, "warm_up": 8, "memory": 16, "ratio": 1.5}
+RULE = {"span": 4, "warm_up": 24, "memory": 32, "ratio": 2.0}
 """`EarlyWarning`'s defaults, spelt out: chosen on runs of a smaller GPT-2 with seeds 10 and 11, before any of these."""
 
 

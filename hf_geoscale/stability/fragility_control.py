@@ -18,8 +18,8 @@ class EarlyWarning:
     """Warns when the running maximum of κ_softmax leaves its own past.
 
     After each observation m = the maximum of the last `span`; a warning when m > `ratio` × the median of the maxima before
-    these. The published rule is the running maximum alone (lead 16–24 steps); span, ratio and warm-up are our guesses, and
-    docs/fragility.md says how often they warn of nothing.
+    these. The published rule is the running maximum alone (lead 16–24 steps); the numbers are ours, chosen on runs of a small
+    GPT-2, and docs/fragility.md says how often they warn of nothing.
 
     Args:
         span: observations of the running maximum.
@@ -29,9 +29,9 @@ class EarlyWarning:
     """
 
     span: int = 4
-    warm_up: int = 8
-    memory: int = 16
-    ratio: float = 1.5
+    warm_up: int = 24
+    memory: int = 32
+    ratio: float = 2.0
     recent: deque[float] = field(default_factory=deque, init=False)
     past: deque[float] = field(default_factory=deque, init=False)
     warnings: int = field(default=0, init=False)

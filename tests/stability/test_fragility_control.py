@@ -19,8 +19,20 @@ def test_the_warning_compares_the_running_maximum_with_its_own_past():
 
 
 def test_no_warning_before_its_past_is_long_enough():
-    warning = EarlyWarning(span=1, warm_up=4)
+    warning = EarlyWarning(span=1, warm_up=4, ratio=1.9)
     assert [warning.observe(x) for x in (1.0, 100.0, 1.0, 100.0, 1000.0)] == [False, False, False, False, True]
+
+
+def test_the_past_is_forgotten():
+    series = [1.0] * 4 + [1.8] * 8 + [3.2]
+    long, short = EarlyWarning(1, 2, 100, 2.0), EarlyWarning(1, 2, 4, 2.0)
+    assert [x for x in series if long.observe(x)] == []
+    assert len(short.past) == 0
+    for x in series:
+        short.observe(x)
+    assert list(short.past) == [1.8, 1.8, 1.8, 3.2]
+    assert short.observe(3.7)
+    assert not long.observe(3.59)
 
 
 def test_a_value_that_is_not_finite_warns_at_once_and_is_no_past():
@@ -38,7 +50,8 @@ def test_a_series_that_only_falls_never_warns():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"span": 0}, "span and warm_up must be at least 1 observation, got 0 and 8"),
+        ({"span": 0}, "span and warm_up must be at least 1 observation, got 0 and 24"),
+        ({"memory": 3}, "memory must be at least warm_up, 24 observations, got 3"),
         ({"ratio": 1.0}, "ratio must be above 1, got 1.0"),
     ],
 )
