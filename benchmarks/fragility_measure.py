@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from hf_geoscale import fragility_report, patch_model
 from hf_geoscale.integrations import geoscale_layers
 from hf_geoscale.integrations.attention import geoscale_attention_forward
+from hf_geoscale.integrations.fragility_contexts import ieee_float32
 
 PRECISIONS = ("bfloat16", "float16", "float8_e4m3")
 ONE_LAYER = "fragility_one_layer"
@@ -49,13 +50,8 @@ def distance(low: Tensor, exact: Tensor) -> float:
 @contextmanager
 def exact_attention() -> Iterator[None]:
     """SDPA as plain matrix products, and these in IEEE float32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with ieee_float32(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def whole_model(model: PreTrainedModel, ids: Tensor, precisions: tuple[str, ...] = PRECISIONS) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """`fragility_report`: how much each layer of a model amplifies rounding errors, from one forward without gradient."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,7 @@ from ..stability.fragility import Norms
 from ..stability.fragility_risk import ROUNDOFFS, Precision, add_risks, combined_v1, resolve_rest
 from .families import attention_sites
 from .fragility_blocks import BlockModules, block_modules, norm_epsilon
+from .fragility_contexts import attention_implementation, evaluating, ieee_float32
 from .fragility_recorder import BlockRecorder, rows_of_mask
 from .layer import GeoScaleLayer
 from .softcap import softcap_attention_forward
@@ -61,48 +62,6 @@ def _recording_attention(module, query, key, value, attention_mask, dropout=0.0,
 
 AttentionInterface.register(NAME, _recording_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-@contextmanager
-def _ieee_float32() -> Iterator[None]:
-    """No TF32 in matrix products, and the caller's setting back at the end."""
-    backend = torch.backends.cuda.matmul
-    name, exact = ("fp32_precision", "ieee") if hasattr(backend, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(backend, name)
-    setattr(backend, name, exact)
-    try:
-        yield
-    finally:
-        setattr(backend, name, before)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and each back in its own."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _attention(model: nn.Module, name: str) -> Iterator[None]:
-    """This attention implementation on every config of the model, and each config's own back at the end."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    kept = [
-        (c, c._attn_implementation_internal) for c in configs.values() if hasattr(c, "_attn_implementation_internal")
-    ]
-    for config, _ in kept:
-        config._attn_implementation_internal = name
-    try:
-        yield
-    finally:
-        for config, implementation in kept:
-            config._attn_implementation_internal = implementation
 
 
 class FragilityProbe:
@@ -151,7 +110,12 @@ class FragilityProbe:
         tokens = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         recorders = [BlockRecorder(block, tokens, self.norms, self.v1) for block in self.blocks]
         with ExitStack() as stack:
-            for context in (torch.no_grad(), _ieee_float32(), _evaluating(self.model), _attention(self.model, NAME)):
+            for context in (
+                torch.no_grad(),
+                ieee_float32(),
+                evaluating(self.model),
+                attention_implementation(self.model, NAME),
+            ):
                 stack.enter_context(context)
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             for recorder in recorders:
@@ -160,7 +124,7 @@ class FragilityProbe:
                 _recorders[recorder.modules.site.attention] = recorder
                 stack.callback(_recorders.pop, recorder.modules.site.attention, None)
             self.model(**inputs, use_cache=False)
-            with torch.autocast(self.blocks[0].output.weight.device.type, enabled=False):
+            with torch.autocast(next(self.model.parameters()).device.type, enabled=False):
                 for recorder in recorders:
                     self._read_weights(recorder)
         return self._combine(recorders, inputs, tokens)

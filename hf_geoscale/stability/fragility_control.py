@@ -149,14 +149,13 @@ class NormEpsilonController:
             old = float(getattr(module, name))
             new = min(self.factor * max(old, self.base), self.cap)
             if new > old:
-                if not any(module is known for known, _, _ in self.originals):
-                    self.originals.append((module, name, old))
+                self.originals.append((module, name, old))
                 setattr(module, name, new)
                 changed = True
         return changed
 
     def restore(self) -> None:
-        """Put back the ε of every norm layer that was changed."""
+        """Put back the ε of every norm layer that was changed, the latest change first."""
         while self.originals:
             module, name, value = self.originals.pop()
             setattr(module, name, value)

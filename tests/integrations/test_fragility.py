@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from benchmarks.families import tiny
 from hf_geoscale import UnsupportedModelError, fragility_report, patch_model, unpatch_model
 from hf_geoscale.integrations.fragility import FragilityProbe
+from hf_geoscale.integrations.fragility_contexts import ieee_float32
 
 from ..conftest import tiny_model, tokens
 from ..tolerances import FRAGILITY_FLOAT32
@@ -148,6 +149,35 @@ def test_nothing_of_the_model_changes(implementation):
     assert all(p.grad is None for p in model.parameters())
 
 
+BACKEND = torch.backends.cuda.matmul
+TF32 = {
+    "the default": lambda: None,
+    "allow_tf32": lambda: setattr(BACKEND, "allow_tf32", True),
+    "set_float32_matmul_precision": lambda: torch.set_float32_matmul_precision("high"),
+    "fp32_precision": lambda: setattr(BACKEND, "fp32_precision", "tf32"),
+}
+
+
+@pytest.mark.skipif(not hasattr(BACKEND, "fp32_precision"), reason="torch before 2.9 has one interface")
+@pytest.mark.parametrize("how", TF32)
+def test_the_setting_of_tf32_comes_back(how):
+    torch.set_float32_matmul_precision("highest")
+    default = BACKEND.fp32_precision
+    TF32[how]()
+    before = BACKEND.fp32_precision
+    assert (before == "tf32") == (how != "the default")
+    try:
+        with ieee_float32():
+            assert BACKEND.fp32_precision == "ieee"
+            assert not BACKEND.allow_tf32
+        assert BACKEND.fp32_precision == before
+        if how != "fp32_precision":
+            assert torch.get_float32_matmul_precision() == ("highest" if how == "the default" else "high")
+    finally:
+        BACKEND.fp32_precision = default
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_an_error_leaves_nothing_behind(monkeypatch):
     model, ids = tiny_model("gpt2"), tokens(1, LENGTH)
     before = snapshot(model)
@@ -216,6 +246,16 @@ def test_gains_count_the_norms_that_end_branches_and_the_multiplier():
     before = fragility_report(model, ids, v1=False).rows[0]["attention_gain"]
     model.model.layers[0].residual_multiplier *= 3
     assert fragility_report(model, ids, v1=False).rows[0]["attention_gain"] == pytest.approx(3 * before, rel=1e-5)
+
+
+def test_weights_are_read_as_out_by_in():
+    gpt2, llama = FragilityProbe(tiny_model("gpt2")).blocks[0], FragilityProbe(tiny_model("llama")).blocks[1]
+    assert gpt2.weight(gpt2.mlp_inputs[0], "c_fc").shape == (256, 64)  # a Conv1D stores (64, 256)
+    assert [llama.weight(m, "MLP").shape for m in (*llama.mlp_inputs, llama.mlp_output)] == [
+        (96, 64),
+        (96, 64),
+        (64, 96),
+    ]
 
 
 def test_bfloat16_models_are_measured_in_float32():
