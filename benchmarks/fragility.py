@@ -29,15 +29,15 @@ FULL = {
     "long": 1024,
     "lengths": (128, 512, 1024),
     "steps": 300,
-    "every": 6,
+    "every": 8,
     "batch": 16,
     "checkpoints": (0, 100, 300),
     "series_seeds": (0, 1, 2),
     "seeds": (0, 1, 2, 3, 4),
     "ramp": 120,
     "planted_every": 2,
-    "tuning_steps": 90,
-    "tuning_checkpoints": (0, 90),
+    "planted_steps": 240,
+    "tuning_checkpoints": (0, 60),
     "cost_steps": 200,
 }
 QUICK = FULL | {
@@ -53,6 +53,7 @@ QUICK = FULL | {
     "seeds": (0,),
     "ramp": 14,
     "planted_every": 1,
+    "planted_steps": 26,
     "cost_steps": 3,
 }
 LEARNING_RATE = 1e-3
@@ -100,7 +101,7 @@ def gpt2_records(plan: dict, device: str) -> list[dict]:
         setting = {"model": NAME, "seed": seed}
         records += series(model, rows, held_out, plan["every"], setting, steps=plan["steps"], seed=seed, **run)
     options = {"batch": plan["batch"], "shape": plan["shape"], "learning_rate": LEARNING_RATE, "device": device}
-    options |= {"ramp": plan["ramp"], "every": plan["planted_every"], "steps": plan["steps"]}
+    options |= {"ramp": plan["ramp"], "every": plan["planted_every"], "steps": plan["planted_steps"]}
     for kind in ("stable", "ramp"):
         records += [planted(rows, held_out, kind=kind, seed=seed, **options) for seed in plan["seeds"]]
     records.append(callback_cost(model, rows, plan["cost_steps"], plan["batch"], NAME, EVERY_N_STEPS))

@@ -83,14 +83,14 @@ def one_layer_at_a_time(model: PreTrainedModel, ids: Tensor, precision: str) -> 
     return found
 
 
-def scores(model: PreTrainedModel, ids: Tensor, precision: str) -> dict[str, list[float]]:
-    """What could rank the layers: the predictor, parts of it, and baselines. Larger means more error."""
+def scores(model: PreTrainedModel, ids: Tensor) -> dict[str, dict[str, list[float]]]:
+    """What could rank the layers, by precision of the attention: the predictor, parts of it, baselines. Larger: more error."""
     patched = patch_model(copy.deepcopy(model))
-    rows = fragility_report(patched, ids, precision, rest="float32").rows
+    report = fragility_report(patched, ids, "float8_e4m3", rest="float32")
+    rows = report.rows
     bounds = [float(layer.geometry.v_bound.amax()) for layer in geoscale_layers(patched)]
     v1 = [r["kappa_softmax_v1"] * (1 + r["kappa_score"]) * r["kappa_value"] * r["output_sigma"] for r in rows]
-    return {
-        "risk": [r["risk"] for r in rows],
+    common = {
         "attention magnitude": [r["attention_magnitude"] for r in rows],
         "κ_softmax": [r["kappa_softmax"] for r in rows],
         "v1, attention term": v1,
@@ -102,24 +102,24 @@ def scores(model: PreTrainedModel, ids: Tensor, precision: str) -> dict[str, lis
         "gain of the attention branch": [r["attention_gain"] for r in rows],
         "depth": [-float(r["layer"]) for r in rows],
     }
+    return {
+        p: {"risk": [r["risk"] for r in report.at(p, "float32").rows]} | common for p in ("float8_e4m3", "bfloat16")
+    }
 
 
 def layer_record(model: PreTrainedModel, ids: Tensor, setting: dict) -> list[dict]:
     """One record a precision: every score and the measured mismatch, layer by layer."""
+    found = scores(model, ids)
     return [
         {"kind": "layers", **setting, "length": ids.shape[1], "precision": precision}
-        | {"measured": one_layer_at_a_time(model, ids, precision), "scores": scores(model, ids, precision)}
-        for precision in ("float8_e4m3", "bfloat16")
+        | {"measured": one_layer_at_a_time(model, ids, precision), "scores": found[precision]}
+        for precision in found
     ]
 
 
 def length_record(model: PreTrainedModel, ids: Tensor, setting: dict) -> dict:
     """Prediction and measurement of the whole model at one length."""
-    predicted = {p: fragility_report(model, ids, p, v1=False).predicted for p in PRECISIONS}
-    return {
-        "kind": "lengths",
-        **setting,
-        "length": ids.shape[1],
-        "predicted": predicted,
-        "measured": whole_model(model, ids),
-    }
+    report = fragility_report(model, ids, v1=False)
+    predicted = {p: report.at(p).predicted for p in PRECISIONS}
+    record = {"kind": "lengths", **setting, "length": ids.shape[1], "predicted": predicted}
+    return record | {"measured": whole_model(model, ids)}

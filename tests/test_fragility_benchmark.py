@@ -105,7 +105,15 @@ def test_a_run_becomes_a_page(benchmark, monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     main = benchmark["fragility"]
     small = {"shape": {"width": 64, "layers": 2}, "length": 24, "long": 24, "lengths": (24,), "steps": 6, "every": 3}
-    small |= {"batch": 2, "checkpoints": (0,), "series_seeds": (0,), "seeds": (0,), "ramp": 3, "planted_every": 3}
+    small |= {
+        "batch": 2,
+        "checkpoints": (0,),
+        "series_seeds": (0,),
+        "seeds": (0,),
+        "ramp": 3,
+        "planted_every": 3,
+        "planted_steps": 6,
+    }
     monkeypatch.setattr(main, "QUICK", main.QUICK | small | {"cost_steps": 1})
     text = "".join(chr(97 + i % 26) for i in range(4000))
     monkeypatch.setattr(main, "read_text", lambda _: text)
@@ -118,6 +126,7 @@ def test_a_run_becomes_a_page(benchmark, monkeypatch, tmp_path, capsys):
     assert "nan" not in written
     arguments = ["fragility.py", "--render", str(page.with_suffix(".jsonl")), "--output", str(tmp_path / "again.md")]
     monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(main, "plot", lambda records, path: None)  # drawn once already, which takes seconds
     main.main()
     assert (tmp_path / "again.md").read_text() == written
     assert page.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"

@@ -128,6 +128,18 @@ class FragilityReport:
         """The layer of the largest risk."""
         return max(self.rows, key=lambda row: row["risk"])["layer"]
 
+    def at(self, precision: Precision, rest: Precision | None = None) -> "FragilityReport":
+        """The same measurement in another precision; see `fragility_report`. Raises ValueError for an unknown one."""
+        rest_name = resolve_rest(precision, rest)
+        rows = [dict(row) for row in self.rows]
+        add_risks(rows, self.final_norm, precision, rest_name)
+        for row in rows:
+            if row.get("rho_norm") is not None:
+                row["rho_norm"] *= ROUNDOFFS[rest_name] / ROUNDOFFS[self.rest]
+        v1 = None if self.predicted_v1 is None else combined_v1(rows, precision)
+        predicted = sum(row["risk"] for row in rows)
+        return FragilityReport(rows, precision, rest_name, predicted, v1, self.final_norm, self.tokens)
+
     def to_markdown(self) -> str:
         """A table, a row a layer, and a line with the sums."""
         lines = [list(self.COLUMNS.values()), ["---"] * len(self.COLUMNS)]

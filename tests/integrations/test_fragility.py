@@ -248,6 +248,22 @@ def test_gains_count_the_norms_that_end_branches_and_the_multiplier():
     assert fragility_report(model, ids, v1=False).rows[0]["attention_gain"] == pytest.approx(3 * before, rel=1e-5)
 
 
+def test_one_measurement_serves_every_precision():
+    model, ids = tiny_model("gpt2"), tokens(1, LENGTH)
+    eight = fragility_report(model, ids, "float8_e4m3")
+    again = fragility_report(model, ids, "float16").at("float8_e4m3")
+    assert again.rest == "bfloat16"
+    assert again.predicted == pytest.approx(eight.predicted, rel=1e-12)
+    assert again.predicted_v1 == pytest.approx(eight.predicted_v1, rel=1e-12)
+    for one, other in zip(again.rows, eight.rows, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in other.items():
+            assert one[name] == (pytest.approx(value, rel=1e-12) if isinstance(value, float) else value), name
+    assert again.at("float32").predicted == pytest.approx(eight.at("bfloat16").predicted * 2**-16, rel=1e-12)
+    with pytest.raises(ValueError, match=r"precision must be one of .*, got 'fp4'"):
+        eight.at("fp4")
+
+
 def test_weights_are_read_as_out_by_in():
     gpt2, llama = FragilityProbe(tiny_model("gpt2")).blocks[0], FragilityProbe(tiny_model("llama")).blocks[1]
     assert gpt2.weight(gpt2.mlp_inputs[0], "c_fc").shape == (256, 64)  # a Conv1D stores (64, 256)
