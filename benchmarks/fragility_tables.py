@@ -188,17 +188,19 @@ def _warnings(records: list[dict]) -> list[str]:
 def _cost(records: list[dict]) -> list[str]:
     rows = []
     for r in (r for r in records if r["kind"] == "cost"):
-        share = r["callback_seconds"] / (r["seconds"] - r["callback_seconds"])
-        cells = [r["model"], f"{r['batch']} × {r['length']}", str(r["steps"]), str(r["every"]), str(r["probes"])]
-        rows.append([*cells, f"{r['callback_seconds'] / r['probes']:.3f}", f"{share:.1%}"])
-    head = ["model", "tokens a step", "steps", "every", "probes", "seconds a probe", "of the training time"]
-    return [
-        "## Cost of `FragilityCallback`",
-        "",
-        "In a BF16 `Trainer` run; the first, cold probe counts.",
-        "",
-        *_table(head, rows),
-    ]
+        first, *later = r["probe_seconds"]
+        step = (r["seconds"] - sum(r["probe_seconds"])) / r["steps"]
+        cells = [r["model"], f"{r['batch']} × {r['length']}", str(r["steps"]), f"{1000 * step:.0f}", str(r["every"])]
+        cells += [f"{1000 * first:.0f}", f"{1000 * fmean(later):.0f}" if later else "–"]
+        cells += [f"{fmean(later) / (r['every'] * step):.1%}" if later else "–"]
+        rows.append([*cells, f"{sum(r['probe_seconds']) / (r['steps'] * step):.1%}"])
+    head = ["model", "tokens a step", "steps", "ms a step", "every", "first probe, ms", "later ones, ms"]
+    head += ["later ones, of the training time", "all of the run's"]
+    text = (
+        "In a BF16 `Trainer` run at the default cadence, one sequence a probe. The first probe also finds the weights' singular "
+        "vectors; in a run this short it counts for more than in a real one."
+    )
+    return ["## Cost of `FragilityCallback`", "", *_paragraph(text), *_table(head, rows)]
 
 
 def to_markdown(host: dict, records: list[dict]) -> str:

@@ -205,5 +205,5 @@ def callback_cost(model: PreTrainedModel, blocks: Tensor, steps: int, batch: int
         "every": every,
         "probes": len(callback.history),
         "seconds": total,
-        "callback_seconds": callback.total_seconds,
+        "probe_seconds": callback.probe_seconds,
     }

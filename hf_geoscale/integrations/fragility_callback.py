@@ -71,7 +71,9 @@ class FragilityCallback(TrainerCallback):
         self.history: list[tuple[int, FragilityReport]] = []
         self.warned: list[int] = []  # steps
         self.seconds = 0.0  # since the last log
-        self.total_seconds = 0.0
+        self.probe_seconds: list[
+            float
+        ] = []  # of every probe; the first finds the weights' singular vectors and is slower
         self._hook: Any = None
 
     def attach(self, trainer) -> "FragilityCallback":
@@ -118,7 +120,8 @@ class FragilityCallback(TrainerCallback):
         self.history.append((step, report))
         self._act(step, report)
         spent = time.perf_counter() - started
-        self.seconds, self.total_seconds = self.seconds + spent, self.total_seconds + spent
+        self.seconds += spent
+        self.probe_seconds.append(spent)
 
     def _act(self, step: int, report: FragilityReport) -> None:
         kappa = max(row["kappa_softmax"] for row in report.rows)

@@ -264,6 +264,20 @@ def test_one_measurement_serves_every_precision():
         eight.at("fp4")
 
 
+def test_adapters_are_resolved():
+    peft = pytest.importorskip("peft")
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+    plain = fragility_report(model, ids).rows
+    targets = ["o_proj", "down_proj", "gate_proj"]
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, init_lora_weights=False))
+    adapted = fragility_report(model.eval(), ids).rows
+    merged = fragility_report(model.merge_and_unload(), ids).rows
+    for one, other, before in zip(adapted, merged, plain, strict=True):
+        for name in ("output_sigma", "remainder_magnitude", "kappa_eff", "risk"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3), name
+        assert one["output_sigma"] != pytest.approx(before["output_sigma"], rel=1e-2)
+
+
 def test_weights_are_read_as_out_by_in():
     gpt2, llama = FragilityProbe(tiny_model("gpt2")).blocks[0], FragilityProbe(tiny_model("llama")).blocks[1]
     assert gpt2.weight(gpt2.mlp_inputs[0], "c_fc").shape == (256, 64)  # a Conv1D stores (64, 256)

@@ -55,7 +55,8 @@ def test_it_logs_at_its_cadence_and_costs_what_it_says(tmp_path):
         assert "fragility/warnings" not in log
     assert [log["fragility/seconds"] > 0 for log in logs] == [True, False, True, False, False, True]
     total = sum(log["fragility/seconds"] for log in logs)
-    assert total == pytest.approx(callback.total_seconds, abs=1e-5)
+    assert total == pytest.approx(sum(callback.probe_seconds), abs=1e-5)
+    assert len(callback.probe_seconds) == 3
     assert len({report.predicted for _, report in callback.history}) == 3  # the weights moved
     assert len({report.tokens for _, report in callback.history}) == 1
 
@@ -72,10 +73,14 @@ def test_training_is_bit_for_bit_what_it_is_without(tmp_path, patched):
 
 
 @pytest.mark.cpu
-def test_the_first_batch_is_kept_and_cut(tmp_path):
+def test_the_first_batch_is_kept_and_cut(tmp_path, monkeypatch):
+    kept = []
+    keep = FragilityCallback._keep
+    monkeypatch.setattr(FragilityCallback, "_keep", lambda *args: kept.append(args[3]["input_ids"]) or keep(*args))
     callback = FragilityCallback(every_n_steps=2, sequences=1, max_length=10)
     train(tmp_path, callback)
-    assert callback.batch["input_ids"].shape == (1, 10)
+    assert len(kept) == 1  # the hook is gone after the first forward
+    assert torch.equal(callback.batch["input_ids"], kept[0][:1, :10])
     assert {report.tokens for _, report in callback.history} == {10}
 
 
@@ -137,20 +142,22 @@ def test_the_controller_acts_on_the_model_and_gives_it_back(tmp_path, restore):
     assert trainer.model.model.layers[0].input_layernorm.variance_epsilon == before
 
 
-@pytest.mark.cpu
-def test_the_heat_map(tmp_path):
+def test_the_heat_map(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     callback = FragilityCallback(every_n_steps=2)
     with pytest.raises(ValueError, match="nothing to plot"):
         callback.heat_map(tmp_path / "a.png")
-    train(tmp_path, callback)
+    probe = FragilityProbe(tiny_model("llama"), v1=False)
+    callback.history = [(step, probe.report(tokens(1, 12, seed=step))) for step in (1, 2, 4)]
     callback.heat_map(tmp_path / "a.png")
-    callback.heat_map(tmp_path / "b.png", "kappa_softmax")
-    one, other = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
-    assert one[:4] == b"\x89PNG"
-    assert one != other
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match=r"quantity must be one of .*risk.*, got 'colour'"):
-        callback.heat_map(tmp_path / "c.png", "colour")
+        callback.heat_map(tmp_path / "b.png", "colour")
+    drawn = []
+    monkeypatch.setattr("hf_geoscale.stability.fragility_plot.heat_map", lambda *given: drawn.append(given))
+    callback.heat_map("c.png", "kappa_softmax")
+    values = [[row["kappa_softmax"] for row in report.rows] for _, report in callback.history]
+    assert drawn == [([1, 2, 4], values, "c.png", "kappa_softmax")]
 
 
 def test_what_is_refused():
