@@ -143,6 +143,22 @@ def window_rate(run: dict, rule: str, width: int) -> float:
     return hits / len(starts) if starts else 0.0
 
 
+def warning_verdict(ramps: list[dict], stable: list[dict]) -> str:
+    """What κ_softmax's warnings were worth against the same rule on the gradient norm, from the numbers."""
+    parts = []
+    for rule in ("κ_softmax", "gradient norm"):
+        happened = [r for r in ramps if r["instability"] is not None and r["instability"] >= r["ramp"]]
+        firsts = [(r, _first(r["warned"][rule], r["ramp"], r["instability"])) for r in happened]
+        leads = [r["instability"] - first for r, first in firsts if first is not None]
+        alarms = sum(bool(r["warned"][rule]) for r in stable)
+        lead = f", by a median of {median(leads):g} steps," if leads else ""
+        parts.append(
+            f"{rule} warned before {len(leads)} of {len(happened)} instabilities of the loss{lead} "
+            f"and in {alarms} of {len(stable)} stable runs"
+        )
+    return f"**{'; the same rule on the '.join(parts)}.**"
+
+
 def _warnings(records: list[dict]) -> list[str]:
     runs = [r for r in records if r["kind"] == "planted"]
     stable, ramps = ([r for r in runs if r["run"] == kind] for kind in ("stable", "ramp"))
@@ -159,7 +175,7 @@ def _warnings(records: list[dict]) -> list[str]:
             cells += [f"{len(leads)} of {len(happened)}"]
             cells += [f"{median(leads):g} ({min(leads)} – {max(leads)})" if leads else "–"]
             cells += [f"{sum(bool(r['warned'][rule]) for r in stable)} of {len(stable)}", f"{before} of {len(ramps)}"]
-            rows.append([*cells, f"{chance:.0%}"])
+            rows.append([*cells, f"{chance:.0%}" if happened else "–"])
     unstable = [sum(r["instability"] is not None for r in group) for group in (ramps, stable)]
     text = (
         f"The rule of `EarlyWarning` ({', '.join(f'{k} {v:g}' for k, v in RULE.items())}), the same for every "
@@ -182,7 +198,14 @@ def _warnings(records: list[dict]) -> list[str]:
         "ramps with one before it",
         "chance",
     ]
-    return ["## Early warning before planted instabilities", "", *_paragraph(text), *_table(head, rows)]
+    said = warning_verdict(ramps, stable)
+    return [
+        "## Early warning before planted instabilities",
+        "",
+        *_paragraph(said),
+        *_paragraph(text),
+        *_table(head, rows),
+    ]
 
 
 def _cost(records: list[dict]) -> list[str]:

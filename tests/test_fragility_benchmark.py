@@ -74,6 +74,17 @@ def test_the_share_of_windows_with_a_warning(benchmark):
     assert tables.window_rate(run | {"warned": {"κ_softmax": []}}, "κ_softmax", 5) == 0
 
 
+def test_the_sentence_on_warnings(benchmark):
+    ramp = {"instability": 50, "ramp": 20, "warned": {"κ_softmax": [10, 30, 32], "gradient norm": [55]}}
+    stable = {"instability": None, "ramp": None, "warned": {"κ_softmax": [], "gradient norm": [7]}}
+    said = benchmark["fragility_tables"].warning_verdict([ramp, ramp | {"instability": None}], [stable])
+    assert (
+        "κ_softmax warned before 1 of 1 instabilities of the loss, by a median of 20 steps, and in 0 of 1 stable"
+        in said
+    )
+    assert "gradient norm warned before 0 of 1 instabilities of the loss and in 1 of 1 stable runs" in said
+
+
 def settings(ours: list[float], norms: list[float], entropy: list[float]) -> list[dict]:
     scores = {"risk": ours, "norms: certificate of the logits": norms, "entropy": entropy}
     one = {"kind": "layers", "precision": "float8_e4m3", "scores": scores, "measured": [1.0, 2.0, 3.0, 4.0]}

@@ -1,5 +1,6 @@
 """`fragility_report`: how much each layer of a model amplifies rounding errors, from one forward without gradient."""
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -185,6 +186,8 @@ class FragilityProbe:
         final_norm = rows[-1].pop("final_norm")
         for row in rows[:-1]:
             row.pop("final_norm")
+        if not all(math.isfinite(row["remainder_magnitude"]) for row in rows):
+            self.vectors.clear()  # of weights that may be reloaded
         add_risks(rows, final_norm, self.precision, self.rest)
         count = int(tokens.sum()) if tokens is not None else _token_count(inputs)
         predicted = sum(row["risk"] for row in rows)
@@ -225,7 +228,10 @@ def _condition(weight: Tensor) -> Tensor:
     """cond(W) = σ_max/(σ_min + floor), through the smaller Gram matrix in float64, on the CPU."""
     weight = weight.double()
     gram = weight @ weight.mT if weight.shape[0] < weight.shape[1] else weight.mT @ weight
-    squared = torch.linalg.eigvalsh(gram.cpu()).clamp_min(0)
+    gram = gram.cpu()
+    if not bool(torch.isfinite(gram).all()):
+        return gram.new_tensor(torch.nan)
+    squared = torch.linalg.eigvalsh(gram).clamp_min(0)
     return squared[-1].sqrt() / (squared[0].sqrt() + CONDITION_FLOOR)
 
 

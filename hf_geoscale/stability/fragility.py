@@ -171,7 +171,10 @@ def _row_extremes(call: AttentionCall, v1: bool) -> tuple[Tensor, Tensor]:
 
 def _value_condition(gram_v: Tensor) -> Tensor:
     """κ(V) = σ_max/(σ_min + floor) per head from VᵀV (N, D, D), on the CPU; unbounded for values of deficient rank."""
-    squared = torch.linalg.eigvalsh(gram_v.cpu()).clamp_min(0)
+    gram_v = gram_v.cpu()
+    if not bool(torch.isfinite(gram_v).all()):
+        return gram_v.new_tensor(torch.nan)
+    squared = torch.linalg.eigvalsh(gram_v).clamp_min(0)
     return (squared[:, -1].sqrt() / (squared[:, 0].sqrt() + VALUE_FLOOR)).amax()
 
 

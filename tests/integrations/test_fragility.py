@@ -264,6 +264,21 @@ def test_one_measurement_serves_every_precision():
         eight.at("fp4")
 
 
+def test_a_diverged_model_is_reported_and_a_reloaded_one_measured_afresh():
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    probe = FragilityProbe(model)
+    before = probe.report(ids)
+    with torch.no_grad():
+        for parameter in model.model.layers[0].parameters():
+            parameter.fill_(torch.nan)
+    diverged = probe.report(ids)
+    assert math.isnan(diverged.predicted)
+    assert "nan" in diverged.to_markdown()
+    model.load_state_dict(state)
+    assert probe.report(ids).predicted == pytest.approx(before.predicted, rel=1e-6)
+
+
 def test_adapters_are_resolved():
     peft = pytest.importorskip("peft")
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
