@@ -100,7 +100,7 @@ def gpt2_records(plan: dict, device: str) -> list[dict]:
         model = small_gpt2(seed, plan["length"], **plan["shape"]).to(device)
         setting = {"model": NAME, "seed": seed}
         records += series(model, rows, held_out, plan["every"], setting, steps=plan["steps"], seed=seed, **run)
-    options = {"batch": plan["batch"], "shape": plan["shape"], "learning_rate": LEARNING_RATE, "device": device}
+    options = {"batch": plan["batch"], "shape": plan["shape"], "learning_rate": LEARNING_RATE}
     options |= {"ramp": plan["ramp"], "every": plan["planted_every"], "steps": plan["planted_steps"]}
     for kind in ("stable", "ramp"):
         records += [planted(rows, held_out, kind=kind, seed=seed, **options) for seed in plan["seeds"]]

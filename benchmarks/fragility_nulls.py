@@ -19,6 +19,13 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     return float(ranks(x) @ ranks(y))
 
 
+def partial_spearman(x: Sequence[float], y: Sequence[float], given: Sequence[float]) -> float:
+    """Rank correlation of x and y with what both owe to a third series taken out; 0 where that leaves nothing."""
+    xy, xz, yz = spearman(x, y), spearman(x, given), spearman(y, given)
+    left = (1 - xz**2) * (1 - yz**2)
+    return float((xy - xz * yz) / np.sqrt(left)) if left > 1e-9 else 0.0
+
+
 def circular_shift_p(x: Sequence[float], y: Sequence[float]) -> float:
     """Share of all circular shifts of y, the identity among them, whose correlation with x is at least the observed one.
 

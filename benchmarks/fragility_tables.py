@@ -4,7 +4,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from textwrap import fill
 
-from fragility_nulls import circular_shift_p, differences, spearman
+from fragility_nulls import circular_shift_p, differences, partial_spearman, spearman
 from fragility_training import BLOW_UP, RAMP_FACTOR, RULE, SPIKE
 
 OURS = "risk"
@@ -35,11 +35,15 @@ def _spread(values: list[float]) -> str:
     return f"{fmean(values):+.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:+.2f}"
 
 
-def layer_correlations(records: list[dict], precision: str) -> dict[str, list[float]]:
-    """score → rank correlation with the measured mismatch in every setting."""
+def layer_correlations(records: list[dict], precision: str, fixed: str | None = None) -> dict[str, list[float]]:
+    """score → rank correlation with the measured mismatch in every setting, that of a `fixed` score taken out."""
     mine = [r for r in records if r["kind"] == "layers" and r["precision"] == precision]
     names = mine[0]["scores"] if mine else {}
-    return {name: [spearman(r["scores"][name], r["measured"]) for r in mine] for name in names}
+    if fixed is None:
+        return {name: [spearman(r["scores"][name], r["measured"]) for r in mine] for name in names}
+    return {
+        name: [partial_spearman(r["scores"][name], r["measured"], r["scores"][fixed]) for r in mine] for name in names
+    }
 
 
 def verdict(records: list[dict]) -> str:
@@ -57,6 +61,13 @@ def verdict(records: list[dict]) -> str:
         (False, True): "better than entropy, but not than the norm-only baseline",
         (False, False): "no better than either the norm-only or the entropy baseline",
     }
+    if "depth" in found:
+        fixed = layer_correlations(records, "float8_e4m3", fixed="depth")[OURS]
+        wins = sum(a > b for a, b in zip(found[OURS], found["depth"], strict=True))
+        parts.append(
+            f"depth alone, earlier layers first: {fmean(found['depth']):+.2f}, the predictor higher in {wins} of {n}; "
+            f"with depth held fixed the predictor's correlation is {fmean(fixed):+.2f}"
+        )
     best = max(found, key=lambda name: fmean(found[name]))
     tail = "" if best == OURS else f" The best score of all here is “{best}” ({fmean(found[best]):+.2f})."
     return (

@@ -115,65 +115,70 @@ def error_spike(steps: list[int], errors: list[float]) -> int | None:
     return None
 
 
-def planted(
-    blocks: Tensor, held_out: Tensor, *, kind: str, ramp: int, every: int, shape: dict, seed: int, **run
-) -> dict:
-    """One run, "stable" or "ramp": where the loss and the error left their past, and where each rule warned.
+class Watch:
+    """What is seen of one run: κ_softmax and the BF16 mismatch every `every` steps, and where each rule warned.
 
-    The run ends 10 steps after the loss's instability. κ_softmax is read every `every` steps, the rivals' rules (the same
-    rule on the loss and on the gradient norm) at the same ones.
+    The rivals' rules, on the loss and on the gradient norm, look at the same steps.
     """
-    model = small_gpt2(seed, blocks.shape[1], **shape).to(run.pop("device"))
-    probe = FragilityProbe(model, v1=False)
-    rules = {name: EarlyWarning(**RULE) for name in ("κ_softmax", "loss", "gradient norm")}
-    warned: dict[str, list[int]] = {name: [] for name in rules}
-    losses: list[float] = []
-    steps: list[int] = []
-    errors: list[float] = []
-    kappas: list[float] = []
-    base = run.pop("learning_rate")
+
+    def __init__(self, model: PreTrainedModel, held_out: Tensor, every: int):
+        self.model, self.held_out, self.every = model, held_out, every
+        self.probe = FragilityProbe(model, v1=False)
+        self.rules = {name: EarlyWarning(**RULE) for name in ("κ_softmax", "loss", "gradient norm")}
+        self.warned: dict[str, list[int]] = {name: [] for name in self.rules}
+        self.losses: list[float] = []
+        self.steps: list[int] = []
+        self.errors: list[float] = []
+        self.kappas: list[float] = []
+
+    def observe(self, step: int, loss: float, gradient: float) -> None:
+        """After each step. Raises Finished ten steps after an instability of the loss."""
+        self.losses.append(loss)
+        happened = blow_up(self.losses)
+        if happened is not None and step >= happened + 10:
+            raise Finished
+        if step % self.every:
+            return
+        kappa = max(row["kappa_softmax"] for row in self.probe.report(self.held_out).rows)
+        for name, value in (("κ_softmax", kappa), ("loss", loss), ("gradient norm", gradient)):
+            if self.rules[name].observe(value):
+                self.warned[name].append(step)
+        with exact_attention():
+            exact = logits(self.model, self.held_out)
+        with torch.autocast(exact.device.type, dtype=torch.bfloat16):
+            low = logits(self.model, self.held_out)
+        self.steps.append(step)
+        self.errors.append(distance(low, exact))
+        self.kappas.append(kappa)
+
+
+def planted(
+    blocks: Tensor,
+    held_out: Tensor,
+    *,
+    kind: str,
+    ramp: int,
+    every: int,
+    shape: dict,
+    seed: int,
+    learning_rate: float,
+    steps: int,
+    batch: int,
+) -> dict:
+    """One run, "stable" or "ramp": where the loss and the error left their past, and where each rule warned."""
+    model = small_gpt2(seed, blocks.shape[1], **shape).to(held_out.device)
+    watch = Watch(model, held_out, every)
 
     def rate(step: int) -> float:
         warm = min(1.0, (step + 1) / 20)
-        return base * warm * (RAMP_FACTOR ** max(0, step - ramp) if kind == "ramp" else 1.0)
-
-    def observe(step: int, loss: float, gradient: float) -> None:
-        losses.append(loss)
-        happened = blow_up(losses)
-        if happened is not None and step >= happened + 10:
-            raise Finished
-        if step % every:
-            return
-        report = probe.report(held_out)
-        kappa = max(row["kappa_softmax"] for row in report.rows)
-        for name, value in (("κ_softmax", kappa), ("loss", loss), ("gradient norm", gradient)):
-            if rules[name].observe(value):
-                warned[name].append(step)
-        with exact_attention():
-            exact = logits(model, held_out)
-        with torch.autocast(exact.device.type, dtype=torch.bfloat16):
-            low = logits(model, held_out)
-        steps.append(step)
-        errors.append(distance(low, exact))
-        kappas.append(kappa)
+        return learning_rate * warm * (RAMP_FACTOR ** max(0, step - ramp) if kind == "ramp" else 1.0)
 
     with suppress(Finished):
-        train(model, blocks, seed=seed, rate=rate, observe=observe, **run)
-    return {
-        "kind": "planted",
-        "run": kind,
-        "seed": seed,
-        "ramp": ramp if kind == "ramp" else None,
-        "every": every,
-        "steps": len(losses),
-        "instability": blow_up(losses),
-        "error_spike": error_spike(steps, errors),
-        "warned": warned,
-        "observed": steps,
-        "errors": errors,
-        "kappa_softmax": kappas,
-        "losses": losses,
-    }
+        train(model, blocks, steps, batch, seed, rate, watch.observe)
+    record = {"kind": "planted", "run": kind, "seed": seed, "ramp": ramp if kind == "ramp" else None, "every": every}
+    record |= {"steps": len(watch.losses), "instability": blow_up(watch.losses)}
+    record |= {"error_spike": error_spike(watch.steps, watch.errors), "warned": watch.warned, "observed": watch.steps}
+    return record | {"errors": watch.errors, "kappa_softmax": watch.kappas, "losses": watch.losses}
 
 
 def callback_cost(model: PreTrainedModel, blocks: Tensor, steps: int, batch: int, name: str, every: int) -> dict:
