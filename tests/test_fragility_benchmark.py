@@ -131,17 +131,23 @@ def test_a_run_becomes_a_page(benchmark, monkeypatch, tmp_path, capsys):
         "ramp": 3,
         "planted_every": 3,
         "planted_steps": 6,
+        "tuning_checkpoints": (0, 2),
     }
     monkeypatch.setattr(main, "QUICK", main.QUICK | small | {"cost_steps": 1})
     text = "".join(chr(97 + i % 26) for i in range(4000))
     monkeypatch.setattr(main, "read_text", lambda _: text)
+    monkeypatch.setattr(main, "load", lambda _: (tiny_model("llama"), None))
+    monkeypatch.setattr(main, "token_blocks", lambda tokenizer, text, length, count: tokens(count, length))
     page = tmp_path / "fragility.md"
-    monkeypatch.setattr(sys, "argv", ["fragility.py", "--quick", "--device", "cpu", "--output", str(page)])
+    monkeypatch.setattr(
+        sys, "argv", ["fragility.py", "some/llama", "--quick", "--device", "cpu", "--output", str(page)]
+    )
     main.main()
     written = page.read_text()
     for heading in ("Which layers", "Lengths and precisions", "Over training steps", "Early warning", "Cost of"):
         assert f"## {heading}" in written
     assert "nan" not in written
+    assert "| llama, 2 layers, 2 settings | p | GPT-2 trained here, 2 layers, 1 settings | p |" in written
     arguments = ["fragility.py", "--render", str(page.with_suffix(".jsonl")), "--output", str(tmp_path / "again.md")]
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setattr(main, "plot", lambda records, path: None)  # drawn once already, which takes seconds

@@ -360,3 +360,26 @@ def test_the_statistics_of_a_pass_through_attention_are_its_own(monkeypatch):
     for norm, row in zip(seen, report.rows, strict=True):
         chi = 16**-0.5 * norm * 2**0.5 / row["probability_norm"] * row["d_smx"]  # two query heads a key head
         assert row["chi_score"] == pytest.approx(chi, rel=FRAGILITY_FLOAT32)
+
+
+@pytest.mark.gpu
+def test_a_gpu_reports_what_the_cpu_does():
+    model, ids = tiny_model("llama").cpu(), tokens(2, LENGTH).cpu()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        there = fragility_report(patch_model(model.cuda()), ids, "float8_e4m3")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    here = fragility_report(unpatch_model(model).cpu(), ids, "float8_e4m3")
+    for one, other in zip(there.rows, here.rows, strict=True):
+        for name in (
+            "kappa_softmax",
+            "chi_score",
+            "attention_magnitude",
+            "norm_magnitude",
+            "remainder_magnitude",
+            "risk",
+        ):
+            assert one[name] == pytest.approx(other[name], rel=1e-3), name
+    assert there.predicted_v1 == pytest.approx(here.predicted_v1, rel=1e-2)
