@@ -3,8 +3,8 @@
     python benchmarks/fragility.py .model/SmolLM2-135M-Instruct --output docs/fragility.md
     python benchmarks/fragility.py --render docs/fragility.jsonl --output docs/fragility.md
 
-Writes the page, its records (.jsonl) and figure (.png). About four minutes on one H100 80 GB; on a CPU only `--quick` is of use, a
-smoke test of a minute without the model, whose numbers mean nothing.
+Writes the page, its records (.jsonl) and figure (.png). For one H100 80 GB; on a CPU only `--quick` is of use, a smoke
+test of a minute without the model, whose numbers mean nothing.
 """
 
 import argparse

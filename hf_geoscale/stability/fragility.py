@@ -27,7 +27,7 @@ POWER_ROUNDS = 2
 """Power iterations on a softmax Jacobian (published)."""
 
 CHUNK_ENTRIES = 2**24
-"""Logits held at a time, 64 MiB in float32: rows are taken in blocks, so that no L × L matrix is stored."""
+"""Logits in a block of rows, 64 MiB in float32, of which a handful are held at a time: no L × L matrix is ever stored."""
 
 VALUE_FLOOR = 3e-6
 """Added to σ_min(V) in κ(V) (published)."""
