@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 
 # Public names and their homes; imported on first use, so that `import hf_geoscale` costs nothing.
 _HOMES = {
+    "EarlyWarning": "stability",
+    "FragilityCallback": "integrations.fragility_callback",
     "GeoScaleCallback": "integrations",
     "GeoScaleConfig": "config",
     "NonFiniteWeightsError": "errors",
@@ -14,7 +16,9 @@ _HOMES = {
     "QuacK": "integrations",
     "UnsupportedAttentionError": "errors",
     "UnsupportedModelError": "errors",
+    "NormEpsilonController": "stability",
     "fp8_attention": "kernels",
+    "fragility_report": "integrations.fragility",
     "geometry_report": "integrations",
     "patch_model": "integrations",
     "refresh_scales": "integrations",
@@ -36,8 +40,12 @@ if TYPE_CHECKING:
     from .integrations import patch_model as patch_model
     from .integrations import refresh_scales as refresh_scales
     from .integrations import unpatch_model as unpatch_model
+    from .integrations.fragility import fragility_report as fragility_report
+    from .integrations.fragility_callback import FragilityCallback as FragilityCallback
     from .kernels import fp8_attention as fp8_attention
     from .kernels.tuning import tune_tiles as tune_tiles
+    from .stability import EarlyWarning as EarlyWarning
+    from .stability import NormEpsilonController as NormEpsilonController
 
 
 def __getattr__(name: str):

@@ -14,7 +14,7 @@ ROOMS = {
     "geometry": (set(), {"torch"}),
     "scaling": ({"geometry", "config"}, {"torch"}),
     "kernels": ({"scaling.formats"}, {"torch", "triton"}),
-    "stability": ({"geometry"}, {"torch"}),
+    "stability": ({"geometry"}, {"torch", "matplotlib"}),
     "integrations": (
         {"geometry", "scaling", "kernels", "stability", "config", "errors"},
         {"torch", "transformers", "accelerate", "peft", "bitsandbytes"},

@@ -60,3 +60,8 @@ def matrix_unit_error(dim: int) -> float:
     8.0e-4 at 64 and 128. Measured 2.4e-4 to 4.4e-4. Triton's interpreter and the reference sum in float32.
     """
     return math.sqrt(dim / 3) * 2.0**-13
+
+
+FRAGILITY_FLOAT32 = 2.0**-14
+"""Relative error of fragility quantities against float64: norms and products in float32 of sums of at most 10⁴ terms, whose
+round-off grows like √n·2⁻²⁴ = 2⁻¹⁷, times about eight such factors."""

@@ -1,7 +1,12 @@
-"""Training stability from the geometry of weights and logits; torch only."""
+"""Companion methods: training stability from the geometry of weights, logits and gradients; torch only."""
 
-from .qk_clip import clip_factors
-from .quack import LogitChangeControl
-from .slices import HeadSlices, LogitWeights
-
-__all__ = ["HeadSlices", "LogitChangeControl", "LogitWeights", "clip_factors"]
+from .fragility import AttentionCall as AttentionCall
+from .fragility import attention_fragility as attention_fragility
+from .fragility import norm_magnitude as norm_magnitude
+from .fragility_control import EarlyWarning as EarlyWarning
+from .fragility_control import NormEpsilonController as NormEpsilonController
+from .fragility_risk import FragilityReport as FragilityReport
+from .qk_clip import clip_factors as clip_factors
+from .quack import LogitChangeControl as LogitChangeControl
+from .slices import HeadSlices as HeadSlices
+from .slices import LogitWeights as LogitWeights

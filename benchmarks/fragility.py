@@ -1,0 +1,181 @@
+"""Do the fragility diagnostics predict what low precision does? Layers, lengths, training steps, planted instabilities, cost.
+
+    python benchmarks/fragility.py .model/SmolLM2-135M-Instruct --output docs/fragility.md
+    python benchmarks/fragility.py --render docs/fragility.jsonl --output docs/fragility.md
+
+Writes the page, its records (.jsonl) and figure (.png). For one H100 80 GB; on a CPU only `--quick` is of use, a smoke
+test of a minute without the model, whose numbers mean nothing.
+"""
+
+import argparse
+import json
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from fragility_measure import layer_record, length_record
+from fragility_tables import plot, to_markdown
+from fragility_training import callback_cost, planted, series, small_gpt2, train
+from torch import Tensor
+
+from hf_geoscale.cli.loading import load, read_text, token_blocks
+from hf_geoscale.integrations.fragility_callback import EVERY_N_STEPS
+
+FULL = {
+    "shape": {"width": 256, "layers": 8},
+    "length": 256,
+    "long": 1024,
+    "lengths": (128, 512, 1024),
+    "steps": 300,
+    "every": 8,
+    "batch": 16,
+    "checkpoints": (0, 100, 300),
+    "series_seeds": (0, 1, 2),
+    "seeds": (0, 1, 2, 3, 4),
+    "ramp": 120,
+    "planted_every": 2,
+    "planted_steps": 240,
+    "tuning_checkpoints": (0, 60),
+    "cost_steps": 200,
+}
+QUICK = FULL | {
+    "shape": {"width": 64, "layers": 3},
+    "length": 48,
+    "long": 96,
+    "lengths": (32, 96),
+    "steps": 26,
+    "every": 2,
+    "batch": 2,
+    "checkpoints": (0, 4),
+    "series_seeds": (0,),
+    "seeds": (0,),
+    "ramp": 14,
+    "planted_every": 1,
+    "planted_steps": 26,
+    "cost_steps": 3,
+}
+LEARNING_RATE = 1e-3
+"""Of the small GPT-2: trains it fast and stably."""
+
+TUNING_RATE = 2e-5
+NAME = "GPT-2 trained here"
+
+
+def byte_blocks(length: int) -> Tensor:
+    """Python's manual as bytes: (N, length); the last tenth is held out."""
+    data = torch.frombuffer(bytearray(read_text(None).encode()), dtype=torch.uint8).long()
+    return data[: len(data) // length * length].view(-1, length)
+
+
+def settings_of(model, ids_of, lengths: tuple, setting: dict) -> list[dict]:
+    """Layer and length records of a model as it is now."""
+    records = []
+    for length in lengths:
+        ids = ids_of(length)
+        records += [*layer_record(model, ids, setting), length_record(model, ids, setting)]
+    return records
+
+
+def gpt2_records(plan: dict, device: str) -> list[dict]:
+    """Checkpoints of one GPT-2, series of several, planted instabilities, the callback's cost."""
+    records: list[dict] = []
+    blocks = byte_blocks(plan["long"])
+    cut = len(blocks) * 9 // 10
+    held_out = blocks[cut:].to(device)
+    model = small_gpt2(0, plan["long"], **plan["shape"]).to(device)
+    rows = blocks[:cut, : plan["length"]]
+    run = {"batch": plan["batch"], "rate": lambda step: LEARNING_RATE * min(1.0, (step + 1) / 20)}
+    before = 0
+    for step in plan["checkpoints"]:
+        train(model, rows, step - before, seed=step, observe=lambda *_: None, **run)
+        before = step
+        setting = {"model": NAME, "step": step, "seed": 0}
+        records += settings_of(model.eval(), lambda n: held_out[:1, :n], plan["lengths"], setting)
+    short = byte_blocks(plan["length"])
+    cut = len(short) * 9 // 10
+    rows, held_out = short[:cut], short[cut : cut + 1].to(device)
+    for seed in plan["series_seeds"]:
+        model = small_gpt2(seed, plan["length"], **plan["shape"]).to(device)
+        setting = {"model": NAME, "seed": seed}
+        records += series(model, rows, held_out, plan["every"], setting, steps=plan["steps"], seed=seed, **run)
+    options = {"batch": plan["batch"], "shape": plan["shape"], "learning_rate": LEARNING_RATE}
+    options |= {"ramp": plan["ramp"], "every": plan["planted_every"], "steps": plan["planted_steps"]}
+    for kind in ("stable", "ramp"):
+        records += [planted(rows, held_out, kind=kind, seed=seed, **options) for seed in plan["seeds"]]
+    records.append(callback_cost(model, rows, plan["cost_steps"], plan["batch"], NAME, EVERY_N_STEPS))
+    return records
+
+
+def smollm2_records(folder: str, plan: dict, device: str) -> list[dict]:
+    """Checkpoints and series of a fine-tuning, and the callback's cost."""
+    model, tokenizer = load(folder)
+    model.eval().to(device)
+    name, length = Path(folder).name, max(plan["lengths"])
+    blocks = token_blocks(tokenizer, read_text(None), length, 90)
+    held_out = blocks[-1:].to(device)
+    half = blocks[:-2].view(-1, length // 2)
+    records: list[dict] = []
+    run = {"batch": 4, "rate": lambda step: TUNING_RATE}
+    for step in plan["tuning_checkpoints"]:
+        if step:
+            every = max(1, step // 30)
+            setting = {"model": name, "seed": 0}
+            records += series(model, half, held_out[:, : length // 2], every, setting, steps=step, seed=0, **run)
+        setting = {"model": name, "step": step, "seed": 0}
+        records += settings_of(model, lambda n: held_out[:, :n], plan["lengths"], setting)
+    records.append(callback_cost(model, half, plan["cost_steps"], 4, name, EVERY_N_STEPS))
+    return records
+
+
+def describe(arguments: argparse.Namespace, seconds: float) -> dict:
+    """Where and by what the records were made."""
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "–"
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    model = f" {Path(arguments.model).name}" if arguments.model else ""
+    said = f"python benchmarks/fragility.py{model}{' --quick' if arguments.quick else ''}"
+    return {"command": said, "device": device, "torch": torch.__version__, "transformers": version("transformers")} | {
+        "triton": triton,
+        "commit": commit or "unknown",
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model", nargs="?", help="folder or hub id of SmolLM2-135M-Instruct; left out: the small GPT-2 alone"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="Markdown file to write, with .jsonl and .png beside it; default: print"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: tiny model, few steps")
+    parser.add_argument("--render", type=Path, help="make the page from these records instead of measuring")
+    arguments = parser.parse_args()
+    if arguments.render:
+        host, *records = map(json.loads, arguments.render.read_text().splitlines())
+    else:
+        plan, started = QUICK if arguments.quick else FULL, time.perf_counter()
+        records = smollm2_records(arguments.model, plan, arguments.device) if arguments.model else []
+        records += gpt2_records(plan, arguments.device)
+        host = describe(arguments, time.perf_counter() - started)
+    text = to_markdown(host, records)
+    if arguments.output is None:
+        print(text)
+        return
+    arguments.output.write_text(text)
+    if not arguments.render:
+        lines = [json.dumps(record) + "\n" for record in (host, *records)]
+        arguments.output.with_suffix(".jsonl").write_text("".join(lines))
+    plot(records, arguments.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

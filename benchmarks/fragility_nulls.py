@@ -1,0 +1,42 @@
+"""Rank correlation of two series and what chance alone makes of series with memory."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """Ranks around 0, ties sharing their mean, scaled to a sum of squares of 1 (0 where all are equal)."""
+    array = np.asarray(values, dtype=float)
+    below, equal = (array[:, None] > array).sum(1), (array[:, None] == array).sum(1)
+    found = below + (equal - 1) / 2 - (len(array) - 1) / 2
+    scale = np.sqrt((found**2).sum())
+    return found / scale if scale else found
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Rank correlation; 0 where a series is constant."""
+    return float(ranks(x) @ ranks(y))
+
+
+def partial_spearman(x: Sequence[float], y: Sequence[float], given: Sequence[float]) -> float:
+    """Rank correlation of x and y with what both owe to a third series taken out; 0 where that leaves nothing."""
+    xy, xz, yz = spearman(x, y), spearman(x, given), spearman(y, given)
+    left = (1 - xz**2) * (1 - yz**2)
+    return float((xy - xz * yz) / np.sqrt(left)) if left > 1e-9 else 0.0
+
+
+def circular_shift_p(x: Sequence[float], y: Sequence[float]) -> float:
+    """Share of all circular shifts of y, the identity among them, whose correlation with x is at least the observed one.
+
+    One-sided; keeps each series' own memory, which permuting single entries would destroy. Never below 1/n. Two series with
+    a common trend pass it whatever they have to do with each other: look at their differences too.
+    """
+    a, b = ranks(x), ranks(y)
+    shifted = np.array([a @ np.roll(b, shift) for shift in range(len(b))])
+    return float((shifted >= shifted[0] - 1e-12).mean())
+
+
+def differences(x: Sequence[float]) -> np.ndarray:
+    """Changes of the logarithm of a positive series from one observation to the next."""
+    return np.diff(np.log(np.asarray(x, dtype=float)))

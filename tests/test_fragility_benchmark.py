@@ -1,0 +1,156 @@
+"""benchmarks/fragility.py at its smallest: nulls, measured mismatch, planted events, and the page it writes."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_geoscale import patch_model
+
+from .conftest import tiny_model, tokens
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+MODULES = ("fragility", "fragility_measure", "fragility_nulls", "fragility_tables", "fragility_training")
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield {name: __import__(name) for name in MODULES}
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+def test_rank_correlation_and_its_null(benchmark):
+    nulls = benchmark["fragility_nulls"]
+    assert nulls.spearman([1, 2, 3, 4], [10, 20, 25, 900]) == pytest.approx(1)
+    assert nulls.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert nulls.spearman([1, 2, 3], [5, 5, 5]) == 0
+    assert nulls.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486832980505138)  # ties share their rank
+    third = np.arange(30.0)
+    own = np.random.default_rng(2).standard_normal((2, 30))
+    x, y = third + 8 * own[0], third + own[0] + 4 * own[1]
+    a, b, c = (nulls.ranks(series) for series in (x, y, third))
+    a, b = a - (a @ c) * c, b - (b @ c) * c  # what a regression on the third's ranks leaves
+    assert nulls.partial_spearman(x, y, third) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert nulls.partial_spearman(third, y, third) == 0
+    noise = np.random.default_rng(0).standard_normal(40)
+    assert nulls.circular_shift_p(noise, noise) == 1 / 40
+    other = np.random.default_rng(1).standard_normal((200, 40))
+    p = [nulls.circular_shift_p(noise, row) for row in other]
+    assert 0.02 < np.mean(np.array(p) <= 0.1) < 0.2  # uniform under the null
+    walk = np.cumsum(other, axis=1)
+    assert nulls.spearman(nulls.differences(np.exp(walk[0])), other[0][1:]) == pytest.approx(1)
+
+
+def test_only_the_target_layer_is_perturbed(benchmark):
+    measure = benchmark["fragility_measure"]
+    model, ids = tiny_model("llama"), tokens(1, 40)
+    eight = measure.one_layer_at_a_time(model, ids, "float8_e4m3")
+    bf16 = measure.one_layer_at_a_time(model, ids, "bfloat16")
+    assert len(eight) == len(bf16) == 2
+    assert all(0 < b < e < 0.5 for b, e in zip(bf16, eight, strict=True))
+    assert model.config._attn_implementation == "sdpa"
+    whole = measure.whole_model(model, ids)
+    assert 0 < whole["float16"] < whole["bfloat16"] < whole["float8_e4m3"] < 1
+    exact = measure.logits(model, ids)
+    with torch.no_grad():
+        both = float((measure.logits(patch_model(model), ids) - exact).norm() / exact.norm())
+    assert max(eight) < both < 3 * sum(eight)
+
+
+def test_events(benchmark):
+    training = benchmark["fragility_training"]
+    falling = [3.0 - 0.01 * i for i in range(60)]
+    assert training.blow_up(falling) is None
+    assert training.blow_up([*falling, 2.5 + training.BLOW_UP]) == 60
+    assert training.blow_up([*falling, float("nan")]) == 60
+    steps = list(range(0, 40, 2))
+    assert training.error_spike(steps, [0.01] * 20) is None
+    assert training.error_spike(steps, [*[0.01] * 12, 0.021, *[0.01] * 7]) == 24
+
+
+def test_the_share_of_windows_with_a_warning(benchmark):
+    tables, rule = benchmark["fragility_tables"], benchmark["fragility_training"].RULE
+    begin = rule["span"] + rule["warm_up"]
+    run = {"every": 1, "steps": begin + 20, "warned": {"κ_softmax": [begin + 10]}}
+    assert tables.window_rate(run, "κ_softmax", 5) == 5 / 16
+    assert tables.window_rate(run | {"warned": {"κ_softmax": []}}, "κ_softmax", 5) == 0
+
+
+def test_the_sentence_on_warnings(benchmark):
+    ramp = {"instability": 50, "ramp": 20, "warned": {"κ_softmax": [10, 30, 32], "gradient norm": [55]}}
+    stable = {"instability": None, "ramp": None, "warned": {"κ_softmax": [], "gradient norm": [7]}}
+    said = benchmark["fragility_tables"].warning_verdict([ramp, ramp | {"instability": None}], [stable])
+    assert (
+        "κ_softmax warned before 1 of 1 instabilities of the loss, by a median of 20 steps, and in 0 of 1 stable"
+        in said
+    )
+    assert "gradient norm warned before 0 of 1 instabilities of the loss and in 1 of 1 stable runs" in said
+
+
+def settings(ours: list[float], norms: list[float], entropy: list[float]) -> list[dict]:
+    scores = {"risk": ours, "norms: certificate of the logits": norms, "entropy": entropy}
+    one = {"kind": "layers", "precision": "float8_e4m3", "scores": scores, "measured": [1.0, 2.0, 3.0, 4.0]}
+    return [one, one]
+
+
+@pytest.mark.parametrize(
+    ("ours", "norms", "entropy", "said"),
+    [
+        ([1, 2, 3, 4], [4, 3, 2, 1], [1, 3, 2, 4], "better than both"),
+        ([1, 3, 2, 4], [4, 3, 2, 1], [1, 2, 3, 4], "better than the norm-only baseline, but not than entropy"),
+        ([1, 3, 2, 4], [1, 2, 3, 4], [4, 3, 2, 1], "better than entropy, but not than the norm-only"),
+        ([4, 3, 2, 1], [1, 2, 3, 4], [1, 2, 3, 4], "no better than either"),
+    ],
+)
+def test_the_verdict_follows_the_numbers(benchmark, ours, norms, entropy, said):
+    assert said in benchmark["fragility_tables"].verdict(settings(ours, norms, entropy))
+
+
+def test_the_published_page_is_rendered_from_its_records(benchmark):
+    records = BENCHMARKS.parent / "docs" / "fragility.jsonl"
+    if not records.exists():
+        pytest.skip("docs/fragility.jsonl has not been recorded yet")
+    host, *found = map(json.loads, records.read_text().splitlines())
+    assert benchmark["fragility_tables"].to_markdown(host, found) == records.with_suffix(".md").read_text()
+
+
+def test_a_run_becomes_a_page(benchmark, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    main = benchmark["fragility"]
+    small = {"shape": {"width": 64, "layers": 2}, "length": 24, "long": 24, "lengths": (24,), "steps": 6, "every": 3}
+    small |= {
+        "batch": 2,
+        "checkpoints": (0,),
+        "series_seeds": (0,),
+        "seeds": (0,),
+        "ramp": 3,
+        "planted_every": 3,
+        "planted_steps": 6,
+        "tuning_checkpoints": (0, 2),
+    }
+    monkeypatch.setattr(main, "QUICK", main.QUICK | small | {"cost_steps": 1})
+    text = "".join(chr(97 + i % 26) for i in range(4000))
+    monkeypatch.setattr(main, "read_text", lambda _: text)
+    monkeypatch.setattr(main, "load", lambda _: (tiny_model("llama"), None))
+    monkeypatch.setattr(main, "token_blocks", lambda tokenizer, text, length, count: tokens(count, length))
+    page = tmp_path / "fragility.md"
+    monkeypatch.setattr(
+        sys, "argv", ["fragility.py", "some/llama", "--quick", "--device", "cpu", "--output", str(page)]
+    )
+    main.main()
+    written = page.read_text()
+    for heading in ("Which layers", "Lengths and precisions", "Over training steps", "Early warning", "Cost of"):
+        assert f"## {heading}" in written
+    assert "nan" not in written
+    assert "| llama, 2 layers, 2 settings | p | GPT-2 trained here, 2 layers, 1 settings | p |" in written
+    arguments = ["fragility.py", "--render", str(page.with_suffix(".jsonl")), "--output", str(tmp_path / "again.md")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(main, "plot", lambda records, path: None)  # drawn once already, which takes seconds
+    main.main()
+    assert (tmp_path / "again.md").read_text() == written
+    assert page.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
