@@ -10,12 +10,14 @@ _HOMES = {
     "GeoScaleCallback": "integrations",
     "GeoScaleConfig": "config",
     "NonFiniteWeightsError": "errors",
+    "SpanScaling": "stability.span",
     "UnsupportedAttentionError": "errors",
     "UnsupportedModelError": "errors",
     "fp8_attention": "kernels",
     "geometry_report": "integrations",
     "patch_model": "integrations",
     "refresh_scales": "integrations",
+    "scale_span_gradients": "stability.span",
     "tune_tiles": "kernels.tuning",
     "unpatch_model": "integrations",
 }
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from .integrations import unpatch_model as unpatch_model
     from .kernels import fp8_attention as fp8_attention
     from .kernels.tuning import tune_tiles as tune_tiles
+    from .stability.span import SpanScaling as SpanScaling
+    from .stability.span import scale_span_gradients as scale_span_gradients
 
 
 def __getattr__(name: str):

@@ -14,12 +14,13 @@ ROOMS = {
     "geometry": (set(), {"torch"}),
     "scaling": ({"geometry", "config"}, {"torch"}),
     "kernels": ({"scaling.formats"}, {"torch", "triton"}),
+    "stability": ({"geometry"}, {"torch"}),
     "integrations": (
-        {"geometry", "scaling", "kernels", "config", "errors"},
+        {"geometry", "scaling", "kernels", "stability", "config", "errors"},
         {"torch", "transformers", "accelerate", "peft", "bitsandbytes"},
     ),
     "cli": (
-        {"geometry", "scaling", "kernels", "integrations", "config", "errors", ""},
+        {"geometry", "scaling", "kernels", "stability", "integrations", "config", "errors", ""},
         {"torch", "transformers", "typer", "rich", "matplotlib", "datasets", "huggingface_hub"},
     ),
 }

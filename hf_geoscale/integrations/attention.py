@@ -17,6 +17,7 @@ from ..scaling import E4M3, QuantScales
 from .layer import GeoScaleLayer
 from .masks import CONTINUATION_ROWS, is_key_range, visibility_of_call
 from .softcap import softcap_attention_forward
+from .spans import refuse_unknown_sequences, scales_spans, with_scaled_spans
 
 logger = logging.getLogger(__name__)
 
@@ -174,14 +175,21 @@ def geoscale_attention_forward(
     scaling = layer.site.softmax_scale if scaling is None else scaling
     _refuse_options(layer, kwargs, rows != keys)
     sdpa = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "softcap": softcap, **kwargs}
+    scaled = scales_spans(layer, query, key, value)
     if _decodes(query, key, attention_mask):
+        if scaled:
+            refuse_unknown_sequences(layer, f"{rows} tokens after a cache of {keys - rows}")
         return _delegate(layer, "kv_cache", module, query, key, value, attention_mask, **sdpa)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     packing = {name: kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k")}
     visibility = visibility_of_call(attention_mask, batch, rows, keys, causal, sliding_window, **packing)
     if visibility is None:
         reason = _refuse_mask(layer, cast(Tensor, attention_mask))
+        if scaled:
+            refuse_unknown_sequences(layer, reason)
         return _delegate(layer, reason, module, query, key, value, attention_mask, **sdpa)
+    if scaled:
+        query, key, value = with_scaled_spans(layer, visibility, query, key, value)
     seen = key, value
     if visibility.key_length != keys:
         seen = key[:, :, : visibility.key_length], value[:, :, : visibility.key_length]
