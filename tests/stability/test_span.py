@@ -7,6 +7,7 @@ from torch import Tensor
 from hf_geoscale import SpanScaling, fp8_attention, scale_span_gradients
 from hf_geoscale.stability.span import RIDGE_MIN, parallel_part
 
+from ..kernels.fused_cases import DEVICE, NEEDS_KERNELS
 from ..tolerances import FLOAT32_ROUNDOFF, FLOAT64_ROUNDOFF
 
 LENGTH, DIM = 53, 16
@@ -38,10 +39,6 @@ def relative(a: Tensor, b: Tensor) -> float:
 def gradients(scaling: SpanScaling, operands: list[Tensor], grads: list[Tensor], **sequences) -> list[Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in operands]
     return list(torch.autograd.grad(scale_span_gradients(*leaves, scaling, **sequences), leaves, grads))
-
-
-def scales(heads: int) -> Tensor:
-    return torch.full((heads,), 100.0)
 
 
 class TestProjector:
@@ -171,15 +168,22 @@ class TestOperands:
         leaves[1] = leaves[1].detach()
         assert scale_span_gradients(*leaves, SpanScaling(2.0, 1.0))[1] is leaves[1]
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_before_fp8_attention(self, dtype):
+    @pytest.mark.parametrize(
+        ("backend", "dtype"),
+        [
+            *(("reference", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+            pytest.param("triton", torch.bfloat16, marks=NEEDS_KERNELS[0]),
+        ],
+    )
+    def test_before_fp8_attention(self, backend, dtype):
         """Its own FP8 gradients, scaled: the same as scaling them by hand."""
-        operands, grads = self.operands(dtype)
+        operands, grads = ([x.to(DEVICE) for x in group] for group in self.operands(dtype, batch=1))
         scaling = SpanScaling(1.5, 0.25)
         results = []
         for spans in (SpanScaling(1.0, 1.0), scaling):
             leaves = [x.clone().requires_grad_() for x in operands]
-            given = dict(zip(("q_quant_scale", "k_quant_scale", "v_quant_scale"), map(scales, (4, 2, 2)), strict=True))
+            q_scale, kv_scale = (torch.full((heads,), 100.0, device=DEVICE) for heads in (4, 2))
+            given = {"q_quant_scale": q_scale, "k_quant_scale": kv_scale, "v_quant_scale": kv_scale, "backend": backend}
             out = fp8_attention(*scale_span_gradients(*leaves, spans), **given)
             results.append((out, *torch.autograd.grad(out, leaves, grads[0])))
         (plain_out, *plain), (out, *scaled) = results
