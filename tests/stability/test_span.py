@@ -93,7 +93,8 @@ class TestProjector:
 class TestFourParts:
     """The split of the logits' gradient, and what of it reaches dQ and dK."""
 
-    def setup_method(self):
+    @pytest.fixture(autouse=True)
+    def split(self):
         self.q, self.k, self.grad = randn(LENGTH, DIM), randn(LENGTH, DIM, seed=1), randn(LENGTH, LENGTH, seed=2)
         along_q, along_k = projector(self.q, 0), projector(self.k, 0)
         across_q, across_k = torch.eye(LENGTH) - along_q, torch.eye(LENGTH) - along_k
