@@ -31,7 +31,7 @@ def records(span: float = 0.0, random: float = 0.0, seeds: int = 8) -> tuple[dic
     found = [record(run) for run in span_scaling.tuning((PLAIN,), RATES, ("plain",), TUNING_SEEDS)]
     rates = span_scaling.rates_around(report.best_rate(found, "plain", PLAIN))
     found += [record(run) for run in span_scaling.tuning(PAIRS, rates, ("span", "random"), TUNING_SEEDS[:1])]
-    found += [record(run) for run in span_scaling.comparison(found, seeds)]
+    found += [record(run) for seed in range(seeds) for run in span_scaling.comparison(found, seed)]
     host = {**span_scaling.host_of(replace(QUICK, seeds=seeds), "cpu", 1), "seconds": 60.0}
     return json.loads(json.dumps([host, found]))
 
