@@ -21,7 +21,7 @@ from hf_geoscale.cli.loading import load, read_text, token_blocks
 from hf_geoscale.integrations import geoscale_layers
 from hf_geoscale.kernels import hadamard
 from hf_geoscale.scaling.formats import saturating_cast
-from hf_geoscale.stability.span import parallel_part
+from hf_geoscale.stability.span import coefficients
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2)
 DEFAULT = SpanScaling(1.0, 1.0).ridge
@@ -32,6 +32,10 @@ def e4m3_copy(x: Tensor, quant_scale: Tensor, name: str) -> Tensor:
     """The FP8 operand of the kernels, in its own units: spans know neither units nor rotations."""
     mixed = x.float() if name == "v" else hadamard(x)
     return saturating_cast(mixed * quant_scale[:, None, None]).float()
+
+
+def parallel_part(grad: Tensor, x: Tensor, ridge: float) -> Tensor:
+    return x @ coefficients(grad, x, ridge)
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -89,8 +89,8 @@ class GeoScaleConfig:
             also count overflows of the logit gradients, which their bound excludes.
         failure_prob: δ of the rank-aware bound, a probability.
         max_length: L of the rank-aware bound, tokens; None takes the model's maximum.
-        span_scaling: scale the parts of dQ, dK and dV in and out of their operands' spans; the forward is untouched. Calls with
-            gradients whose mask does not tell the sequences raise.
+        span_scaling: scale the parts of dQ, dK and dV in and out of their operands' spans, a reconstruction of arXiv 2512.13033;
+            the forward is untouched. Calls with gradients whose mask does not tell the sequences raise.
     """
 
     scaling: Scaling = "geometry"

@@ -42,9 +42,7 @@ def sequences_of(
 def scales_spans(layer: GeoScaleLayer, *operands: Tensor) -> bool:
     """Whether gradients that will pass through these operands are to be scaled."""
     scaling = layer.config.span_scaling
-    if scaling is None or scaling.is_identity or not torch.is_grad_enabled():
-        return False
-    return any(x.requires_grad for x in operands)
+    return scaling is not None and not scaling.is_identity and any(x.requires_grad for x in operands)
 
 
 def refuse_unknown_sequences(layer: GeoScaleLayer, what: str) -> None:

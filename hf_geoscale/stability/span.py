@@ -92,19 +92,22 @@ class SpanScaling:
             wide = (
                 torch.float64
             )  # TF32, where it is on, loses more of XᵀX than the ridge restores; BF16 products are exact in it
-        scaled = self.a_perpendicular * grad.to(wide)
-        if self.a_parallel != self.a_perpendicular:
-            parallel = parallel_part(grad.to(wide), self.basis(x).to(wide), self.ridge)
-            scaled.add_(parallel, alpha=self.a_parallel - self.a_perpendicular)
+        scaled = grad.to(wide, copy=True, memory_format=torch.contiguous_format)
+        if self.a_parallel == self.a_perpendicular:
+            return scaled.mul_(self.a_parallel).to(grad.dtype)
+        basis = self.basis(x).to(wide, memory_format=torch.contiguous_format).contiguous()
+        inside = coefficients(scaled, basis, self.ridge)
+        rest, span, inside = (y.view(-1, *y.shape[-2:]) for y in (scaled, basis, inside))
+        rest.baddbmm_(span, inside, beta=self.a_perpendicular, alpha=self.a_parallel - self.a_perpendicular)
         return scaled.to(grad.dtype)
 
 
-def parallel_part(
+def coefficients(
     grad: Tensor,  # (..., L, D)
     basis: Tensor,  # (..., L, D)
     ridge: float,
 ) -> Tensor:
-    """Π_X dX for X = basis, (..., L, D); 0 where X is 0. Waits for no device."""
+    """(XᵀX + λI)⁻¹ Xᵀ dX for X = basis, (..., D, D), so that X times it is Π_X dX; 0 where X is 0. Waits for no device."""
     gram = basis.mT @ basis
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     mean = torch.where(mean == 0, 1, mean)
@@ -112,7 +115,7 @@ def parallel_part(
     factor = torch.linalg.cholesky_ex(gram / mean + ridge * identity).L
     # Two triangular solves: torch.cholesky_solve runs matrix by matrix on a GPU.
     half = torch.linalg.solve_triangular(factor, basis.mT @ grad / mean, upper=False)
-    return basis @ torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True).contiguous()
 
 
 class _SpanScaled(torch.autograd.Function):

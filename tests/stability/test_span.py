@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hf_geoscale import SpanScaling, fp8_attention, scale_span_gradients
-from hf_geoscale.stability.span import RIDGE_MIN, parallel_part
+from hf_geoscale.stability.span import RIDGE_MIN, coefficients
 
 from ..kernels.fused_cases import DEVICE, NEEDS_KERNELS
 from ..tolerances import FLOAT32_ROUNDOFF, FLOAT64_ROUNDOFF
@@ -15,6 +15,10 @@ LENGTH, DIM = 53, 16
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def parallel_part(grad: Tensor, x: Tensor, ridge: float) -> Tensor:
+    return x @ coefficients(grad, x, ridge)
 
 
 def projector(
