@@ -82,10 +82,15 @@ class Rival:
 
     name: str
     has_backward = False
+    has_kernels = True  # `forward` and `backward` run the kernels alone
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, shape: Shape):
         self.leaves, self.shape = (q, k, v), shape
         self.operands, self.grad = tuple(x.detach() for x in (q, k, v)), grad.detach()
+
+    def tune(self) -> dict[str, int]:
+        """Before timing, after the gate: choose among plans; how many were tried, by pass."""
+        return {}
 
     def forward(self) -> Tensor:
         raise NotImplementedError

@@ -94,7 +94,10 @@ def model_of(setup: Setup, run: Run, device: str) -> GPT2LMHeadModel:
     torch.manual_seed(run.seed)
     scaling = {"span": SpanScaling, "uniform": SpanScaling, "random": RandomSpans}.get(run.arm)
     model = GPT2LMHeadModel(config).to(device).train()
-    return patch_model(model, span_scaling=None if scaling is None else scaling(*run.pair))
+    spans = None if scaling is None else scaling(*run.pair)
+    return patch_model(
+        model, span_scaling=spans, fused_front_end=False
+    )  # which spans do without: the same forward for all
 
 
 def schedule(step: int, steps: int) -> float:

@@ -84,13 +84,16 @@ class GeoScaleConfig:
         precision: "high" keeps k as two FP8 terms (one more QKᵀ product, about 0.6 of the KL divergence, docs/accuracy.md).
         backend: "triton", the fused kernels (NVIDIA GPUs from compute capability 8.9; elsewhere the first forward raises);
             "reference", plain PyTorch on any device; "auto", the first where it can run.
+        fused_front_end: let the attention modules of Llama, Mistral, Qwen2 and Qwen3 hand their projections' raw output to the
+            kernels, which apply RoPE as they quantise, and GPT-2's its undivided c_attn output; False keeps to the attention
+            interface. Needs scaling="geometry", and serves calls without a cache.
         fallback: what to do with a call FP8 attention cannot honour: None raises, "sdpa" runs it there, counted.
         observe_logits: record the largest |logit| per head (costs a pass over the logits), for `alpha_observed`; with "triton"
             also count overflows of the logit gradients, which their bound excludes.
         failure_prob: δ of the rank-aware bound, a probability.
         max_length: L of the rank-aware bound, tokens; None takes the model's maximum.
         span_scaling: scale the parts of dQ, dK and dV in and out of their operands' spans, a reconstruction of arXiv 2512.13033;
-            the forward is untouched. Calls with gradients whose mask does not tell the sequences raise.
+            the forward is that of fused_front_end=False. Calls with gradients whose mask does not tell the sequences raise.
     """
 
     scaling: Scaling = "geometry"
@@ -102,6 +105,7 @@ class GeoScaleConfig:
     incoherent: bool = True
     precision: Precision = "standard"
     backend: Backend = "auto"
+    fused_front_end: bool = True
     fallback: Fallback | None = None
     observe_logits: bool = False
     failure_prob: float = 1e-6

@@ -1,5 +1,6 @@
 """Span scaling in patched models: what reaches dQ, dK and dV, which tokens make a sequence, and what is refused."""
 
+import functools
 from dataclasses import dataclass, field
 
 import pytest
@@ -7,7 +8,16 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from hf_geoscale import SpanScaling, UnsupportedAttentionError, UnsupportedModelError, patch_model, unpatch_model
+from hf_geoscale import (
+    SpanScaling,
+    UnsupportedAttentionError,
+    UnsupportedModelError,
+    fp8_attention,
+    geometry_report,
+    patch_model,
+    unpatch_model,
+)
+from hf_geoscale.integrations.front_end import FusedForward
 from hf_geoscale.integrations.spans import sequences_of
 from hf_geoscale.kernels import Visibility
 
@@ -79,11 +89,11 @@ class TestGradients:
 
     @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "mistral-window"])
     def test_forward_and_the_identity_are_bit_identical(self, family):
-        model, ids = patch_model(tiny_model(family)).train(), tokens(2, 40)
+        model, ids = patch_model(tiny_model(family), fused_front_end=False).train(), tokens(2, 40)
         torch.manual_seed(0)
         logits, plain = model(ids).logits, train_step(model, ids)
         torch.manual_seed(0)
-        patch_model(model, span_scaling=SpanScaling(1.0, 1.0))
+        patch_model(model, span_scaling=SpanScaling(1.0, 1.0), fused_front_end=False)
         assert torch.equal(model(ids).logits, logits)
         assert torch.equal(train_step(model, ids), plain)
         torch.manual_seed(0)
@@ -137,6 +147,43 @@ class TestGradients:
         fused = train_step(patch_model(model, span_scaling=SCALING, backend="triton"), ids)
         plain = train_step(patch_model(model, span_scaling=None, backend="triton"), ids)
         assert relative(fused, exact) < GRADIENT_ERROR < relative(plain, exact)
+
+
+class TestFrontEnd:
+    """Fused forwards hand over raw projections: spans are those of rotated operands, divided."""
+
+    @pytest.mark.parametrize("family", ["gpt2", "llama"])
+    def test_it_stays_out(self, family):
+        model, ids = tiny_model(family), tokens(2, 40)
+        patch_model(model, span_scaling=SCALING)
+        exact = train_step(model, ids)
+        row = geometry_report(model).rows[0]
+        assert (row["front_end"], row["fused_calls"]) == ("span scaling looks at rotated queries and keys", 0)
+        patch_model(model, span_scaling=SCALING, fused_front_end=False)
+        assert torch.equal(train_step(model, ids), exact)
+        patch_model(model, span_scaling=SpanScaling(1.0, 1.0))
+        assert geometry_report(model).rows[0]["front_end"] == "fused"
+        assert torch.equal(train_step(model, ids), train_step(patch_model(model), ids))
+
+    @pytest.mark.parametrize("family", ["gpt2", "llama"])
+    def test_a_fused_forward_that_somebody_wrapped(self, family, monkeypatch):
+        """It outlives patching anew; its calls are rotated and divided before their spans are taken."""
+        model, ids = tiny_model(family), tokens(2, 40)
+        exact = train_step(patch_model(model, span_scaling=SCALING), ids)
+        plain = train_step(patch_model(model), ids)
+        for module in list(model.modules()):
+            if isinstance(module.__dict__.get("forward"), FusedForward):
+                module.forward = functools.partial(module.forward)
+        patch_model(model, span_scaling=SCALING)
+        seen = []
+
+        def spy(*operands, **options):
+            seen.append((options["rotary"], options["packed"]))
+            return fp8_attention(*operands, **options)
+
+        monkeypatch.setattr("hf_geoscale.integrations.attention.fp8_attention", spy)
+        assert relative(train_step(model, ids), exact) < GRADIENT_ERROR < relative(plain, exact)
+        assert seen == [(None, None)] * 2  # fused kernels send the gradient of a packed tensor past its views
 
 
 class TestSequences:

@@ -1,0 +1,129 @@
+"""The gate of benchmarks/attention_speed.py: what passes it, and what does not."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_geoscale import fp8_attention
+
+pytestmark = pytest.mark.cpu
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def gate():
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module("speed_gate")
+    sys.path.remove(str(BENCHMARKS))
+    for name in ("speed_gate", "rivals"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def problem(gate):
+    return gate.Gate(sys.modules["rivals"].Shape(1, 131, 4, 2, 64, 50), "cpu")
+
+
+class Candidate:
+    """FP8 attention by the reference backend, or exact attention in float32, with something changed."""
+
+    def __init__(self, attend):
+        self.attend = attend
+
+    def __call__(self, q, k, v, grad, shape):
+        self.leaves, self.grad = (q, k, v), grad
+        return self
+
+    def result(self):
+        out = self.attend(*self.leaves)
+        return [out, *torch.autograd.grad(out, self.leaves, self.grad.to(out.dtype))]
+
+
+def fp8(gate, window: int = 50, factor: float = 1.0, **options):
+    def attend(q, k, v):
+        scales = {f"{n}_quant_scale": factor * gate.quant_scale(x) for n, x in (("q", q), ("k", k), ("v", v))}
+        return fp8_attention(q, k, v, **scales, window=window, backend="reference", **options)
+
+    return Candidate(attend)
+
+
+def bfloat16(q, k, v):
+    rows = torch.arange(q.shape[2])
+    visible = (rows[:, None] >= rows) & (rows[:, None] - rows < 50)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+
+
+def test_what_is_right_passes(gate, problem):
+    for name, make in {
+        "ours FP8": fp8(gate),
+        "ours FP8, high": fp8(gate, precision="high"),
+        "theirs BF16": Candidate(bfloat16),
+    }.items():
+        reason, errors = problem.check(name, make)
+        assert reason is None
+        assert list(errors) == ["O", "dQ", "dK", "dV"]
+
+
+def test_what_is_wrong_does_not(gate, problem):
+    def wrong(name: str, make) -> str:
+        reason, _ = problem.check(name, make)
+        assert reason.startswith("wrong: ")
+        return reason
+
+    assert "O has relative error" in wrong("FP8", fp8(gate, window=48))
+    assert "O has relative error" in wrong("BF16", fp8(gate))  # FP8 is not BF16
+    assert "O has relative error" in wrong("FP8", fp8(gate, factor=2.0**-12))  # underflows
+    assert "O has relative error nan at 131 tokens, allowed" in wrong(
+        "FP8", Candidate(lambda q, k, v: bfloat16(q, k, v) / 0 * 0)
+    )
+
+    def scaled_gradient(q, k, v):
+        return bfloat16(q * 1.3 - 0.3 * q.detach(), k, v)
+
+    assert "dQ has relative error 0.3" in wrong("FP8", Candidate(scaled_gradient))
+
+
+def test_e5m2_gradients_may_be_twice_as_far_off(gate, problem):
+    ours, theirs = problem.allowed("hf_geoscale FP8"), problem.allowed("Transformer Engine FP8")
+    assert theirs == {"O": ours["O"]} | {name: 2 * ours[name] for name in ("dQ", "dK", "dV")}
+
+
+def test_what_cannot_run_is_said(gate, problem):
+    def attend(q, k, v):
+        raise NotImplementedError("no window\nand more")
+
+    assert problem.check("FP8", Candidate(attend)) == ("NotImplementedError: no window", {})
+
+
+def test_an_odd_length_drops_what_is_wrong_and_keeps_what_does_not_run(gate, monkeypatch, capsys):
+    monkeypatch.setattr(gate, "GATE_LENGTH", 64)
+    monkeypatch.setattr(gate, "ODD_LENGTHS", (67,))
+    shape = sys.modules["rivals"].Shape(1, 0, 4, 2, 64)
+
+    def causal(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def refuses(q, k, v):
+        if q.shape[2] % 8:
+            raise RuntimeError("odd")
+        return causal(q, k, v)
+
+    def garbles(q, k, v):
+        return causal(q, k, v) * (1 + q.shape[2] % 8)
+
+    contenders = {name: Candidate(x) for name, x in (("a BF16", causal), ("b BF16", refuses), ("c BF16", garbles))}
+    found, reasons = gate.correct(shape, contenders, "cpu")
+    assert list(found) == ["a BF16", "b BF16"]
+    assert list(reasons) == ["c BF16"]
+    assert "at 67 tokens" in reasons["c BF16"]
+    assert "b BF16, 67 tokens: RuntimeError: odd" in capsys.readouterr().out
+
+
+def test_published_errors(gate):
+    errors = gate.published_errors("BF16 attention")
+    assert list(errors) == ["O", "dQ", "dK", "dV"]
+    assert all(0.001 < x < 0.02 for x in errors.values())

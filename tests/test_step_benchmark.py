@@ -1,0 +1,177 @@
+"""benchmarks/step.py at its smallest: its rows, its gate, its page."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+pytestmark = [pytest.mark.cpu]
+ROOT = Path(__file__).parent.parent
+BOTH = ["SDPA flash", "hf_geoscale"]
+
+
+@pytest.fixture(scope="module")
+def step():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    before = set(sys.modules)
+    yield importlib.import_module("step")
+    sys.path.remove(str(ROOT / "benchmarks"))
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "benchmarks")):
+            del sys.modules[name]
+
+
+def configuration(step, setting: str = "plain"):
+    return step.Configuration("smoke", 64, setting, None, 2)
+
+
+def statuses(rows: list[dict]) -> dict[str, str]:
+    return {row["contender"]: row["status"] for row in rows}
+
+
+def test_a_run_and_its_page(step, tmp_path, capsys):
+    records = tmp_path / "step.jsonl"
+    contenders = ["--contenders", "SDPA cuDNN", *BOTH]
+    options = [
+        "--models",
+        "smoke",
+        "--lengths",
+        "64",
+        "--settings",
+        "plain",
+        "checkpointing",
+        "--steps",
+        "2",
+        *contenders,
+    ]
+    step.main([*options, "--output", str(records)])
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    assert [(r["setting"], r["contender"]) for r in rows] == [
+        (setting, name) for setting in ("plain", "checkpointing") for name in ("SDPA cuDNN", *BOTH)
+    ]
+    for row in rows:
+        if row["contender"] == "SDPA cuDNN":  # there is none on a CPU
+            assert row["status"].startswith("failed: RuntimeError: No viable backend")
+            continue
+        assert row["status"] == "ok"
+        first = row["first_steps"]
+        assert abs(first["hf_geoscale"]["norm"] / first["SDPA flash"]["norm"] - 1) < first["allowed"]["norm"] < 0.5
+        assert len(row["times"]["step"]) == 2
+        assert len(row["times"]["refresh"]) == (2 if row["contender"] == "hf_geoscale" else 0)
+        assert all(a > b for a, b in zip(row["times"]["step"], row["times"]["refresh"], strict=False))
+    step.main([*options, "--output", str(records)])
+    assert len(records.read_text().splitlines()) == len(rows), "a measured configuration ran again"
+    step.main(["--render", str(records), "--output", str(tmp_path / "page")])
+    page = (tmp_path / "page.md").read_text()
+    assert page.count("| 64 | 2 | SDPA flash |") == 2
+    assert "vocabulary 128 (64 to 64 tokens)" in page
+    assert (tmp_path / "page.png").stat().st_size > 0
+
+
+def test_wrong_attention_is_not_timed(step):
+    AttentionInterface.register(
+        "sees_the_future", lambda *a, **k: sdpa_attention_forward(*a, **(k | {"is_causal": False}))
+    )
+    AttentionMaskInterface.register("sees_the_future", lambda *a, **k: None)
+    comparison = step.Comparison(configuration(step), [*BOTH, "SDPA cuDNN"], "cpu")
+    wrong = comparison.contend("hf_geoscale")
+    wrong.model.set_attn_implementation("sees_the_future")
+    comparison.contenders["hf_geoscale"] = wrong
+    comparison.gate()
+    assert list(comparison.contenders) == ["SDPA flash"]
+    assert comparison.status["hf_geoscale"].startswith("wrong: losses of tokens differ by")
+
+
+def test_the_gate_at_full_length(step):
+    gate = sys.modules["step_gate"]
+    allowed = gate.Tolerance(0.01, {"first q": 0.1, "last v": 0.2})
+    right = gate.FirstStep(2.0, 10.0)
+    assert gate.wrong_in_full(gate.FirstStep(2.009, 11.9), right, allowed) is None
+    assert "loss 2.01100, SDPA's 2.00000" in gate.wrong_in_full(gate.FirstStep(2.011, 10.0), right, allowed)
+    assert "gradient norm 12.1, SDPA's 10" in gate.wrong_in_full(gate.FirstStep(2.0, 12.1), right, allowed)
+    assert gate.wrong_in_full(gate.FirstStep(float("nan"), 10.0), right, allowed)
+    assert gate.wrong_in_full(gate.FirstStep(2.0, float("nan")), right, allowed)
+
+
+def test_no_memory_is_a_row(step, monkeypatch):
+    refresh = step.time_block
+
+    def scarce(contender, *arguments):
+        if contender.ours:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        refresh(contender, *arguments)
+
+    monkeypatch.setattr(step, "time_block", scarce)
+    rows = step.compare(configuration(step), BOTH, {}, steps=1)
+    assert statuses(rows) == {"SDPA flash": "ok", "hf_geoscale": "out of memory"}
+
+    def none(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(step, "build", none)
+    assert set(statuses(step.compare(configuration(step), BOTH, {})).values()) == {"out of memory"}
+
+
+def test_the_budget_ends_a_run_between_configurations(step, monkeypatch, capsys):
+    clock = iter(range(0, 10_000, 10))  # each look at it is ten seconds later
+    monkeypatch.setattr(step.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(step, "compare", lambda *_: [])
+    options = ["--models", "smoke", "--settings", "plain", "--lengths"]
+    step.main([*options, "64", "128", "256", "512", "--budget-seconds", "69"])
+    printed = capsys.readouterr().out
+    assert "smoke, 128 tokens" in printed
+    assert "stopped before smoke, 256 tokens, plain: 50 s used, and it would take about 25 s" in printed
+    step.main([*options, "64", "32", "16", "8", "--budget-seconds", "69"])
+    printed = capsys.readouterr().out
+    assert "stopped before smoke, 8 tokens, plain: 70 s used, and it would take about 10 s" in printed
+
+
+def test_ratios_are_to_the_faster_sdpa_of_the_last_rows(step):
+    report = sys.modules["step_report"]
+
+    def row(contender: str, milliseconds: float, layers: int = 2) -> dict:
+        times = {"step": [milliseconds], "refresh": [], "refresh_host": [], "launch": [1.0], "peak_bytes": 2**30}
+        shared = {
+            "model": "m",
+            "window": None,
+            "setting": "plain",
+            "length": 64,
+            "layers": layers,
+            "layers_limit": None,
+        }
+        return shared | {"contender": contender, "status": "ok", "times": times}
+
+    rows = [row("SDPA flash", 3.0), row("SDPA flash", 12.0), row("SDPA cuDNN", 10.0), row("hf_geoscale", 8.0)]
+    kept = report.latest(rows)
+    assert len(kept) == 3
+    assert report.ratio(kept[-1], kept) == 10.0 / 8.0
+    assert report.ratio(row("hf_geoscale", 8.0, layers=3), kept) is None
+
+
+def test_liger_leaves_the_modelling_file_as_it_was(step):
+    pytest.importorskip("liger_kernel")
+    from transformers.models.llama import modeling_llama
+
+    before = dict(vars(modeling_llama))
+    models = sys.modules["step_models"]
+    base = models.build("smoke", 2, 64, None, "cpu")
+    contender = models.contend("Liger + SDPA cuDNN", base, False)
+    assert {name: x for name, x in vars(modeling_llama).items() if before.get(name) is not x} == {}
+    with contender.running():
+        assert "liger" in modeling_llama.apply_rotary_pos_emb.__module__
+    assert modeling_llama.apply_rotary_pos_emb is before["apply_rotary_pos_emb"]
+    assert "Liger" in repr(contender.model.model.layers[0].input_layernorm)
+    assert "Liger" not in repr(base.model.layers[0].input_layernorm)
+    assert all(a is b for a, b in zip(base.parameters(), contender.model.parameters(), strict=True))
+
+
+@pytest.mark.skipif(not (ROOT / "docs/step.jsonl").exists(), reason="docs/step.jsonl is not measured yet")
+def test_the_published_page_is_rendered_from_its_records(step):
+    rows = [json.loads(line) for line in (ROOT / "docs/step.jsonl").read_text().splitlines()]
+    report = sys.modules["step_report"]
+    assert report.to_markdown(rows).strip() == (ROOT / "docs/step.md").read_text().strip()
