@@ -110,7 +110,8 @@ def setup_of(host: dict, records: list[dict]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in host["versions"].items())
     return (
         f"GPT-2 of {host['layers']} layers, width {host['width']}, {host['heads']} heads of {host['width'] // host['heads']}, from "
-        f"random weights, FP8 attention; bytes of the manual that ships with Python; {host['steps']} AdamW steps of "
+        f"random weights, FP8 attention without the fused front end; bytes of the manual that ships with Python; "
+        f"{host['steps']} AdamW steps of "
         f"{host['batch']} × {host['length']} bytes (β 0.9 and 0.95, decay 0.1, clip 1, warm-up and cosine), the last "
         f"{host['held_out']} sequences held out. {host['device']}, {versions}; {len(records)} runs, {host['workers']} at a time, "
         f"in {host['seconds'] / 60:.1f} minutes; {sum(r['overflows'] for r in records)} overflows."
@@ -148,8 +149,9 @@ def to_markdown(host: dict, records: list[dict]) -> str:
         "our reconstruction and neither confirms nor refutes the paper.",
         "",
         "`patch_model(model, span_scaling=SpanScaling(a_parallel, a_perpendicular))` for a patched model,",
-        "`scale_span_gradients(query, key, value, scaling)` in front of any other attention function. The forward is untouched.",
-        "What it costs: [span_cost.md](span_cost.md). How much of the gradients is parallel: [span_operands.md](span_operands.md).",
+        "`scale_span_gradients(query, key, value, scaling)` in front of any other attention function. The forward is untouched; a",
+        "patched model goes without its fused front end, since spans are those of rotated queries and keys. What it costs:",
+        "[span_cost.md](span_cost.md). How much of the gradients is parallel: [span_operands.md](span_operands.md).",
         "",
         verdict(host, records),
         "",
