@@ -14,6 +14,7 @@ _HOMES = {
     "NonFiniteWeightsError": "errors",
     "QKClip": "integrations",
     "QuacK": "integrations",
+    "SpanScaling": "stability.span",
     "UnsupportedAttentionError": "errors",
     "UnsupportedModelError": "errors",
     "NormEpsilonController": "stability",
@@ -22,6 +23,7 @@ _HOMES = {
     "geometry_report": "integrations",
     "patch_model": "integrations",
     "refresh_scales": "integrations",
+    "scale_span_gradients": "stability.span",
     "tune_tiles": "kernels.tuning",
     "unpatch_model": "integrations",
 }
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     from .kernels.tuning import tune_tiles as tune_tiles
     from .stability import EarlyWarning as EarlyWarning
     from .stability import NormEpsilonController as NormEpsilonController
+    from .stability.span import SpanScaling as SpanScaling
+    from .stability.span import scale_span_gradients as scale_span_gradients
 
 
 def __getattr__(name: str):

@@ -1,7 +1,10 @@
 """The one configuration object of the package, and what it is made of."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from .stability.span import SpanScaling
 
 Scaling = Literal["geometry", "delayed", "current"]
 Bound = Literal["certified", "rank_aware", "auto_alpha"]
@@ -89,6 +92,8 @@ class GeoScaleConfig:
             also count overflows of the logit gradients, which their bound excludes.
         failure_prob: δ of the rank-aware bound, a probability.
         max_length: L of the rank-aware bound, tokens; None takes the model's maximum.
+        span_scaling: scale the parts of dQ, dK and dV in and out of their operands' spans, a reconstruction of arXiv 2512.13033;
+            the forward is that of fused_front_end=False. Calls with gradients whose mask does not tell the sequences raise.
     """
 
     scaling: Scaling = "geometry"
@@ -105,6 +110,7 @@ class GeoScaleConfig:
     observe_logits: bool = False
     failure_prob: float = 1e-6
     max_length: int | None = None
+    span_scaling: "SpanScaling | None" = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -126,3 +132,10 @@ class GeoScaleConfig:
             raise ValueError(f"failure_prob must lie in (0, 1), got {self.failure_prob}")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be at least 1 token, got {self.max_length}")
+        if self.span_scaling is not None:
+            from .stability.span import SpanScaling
+
+            if not isinstance(self.span_scaling, SpanScaling):
+                raise TypeError(
+                    f"span_scaling must be a SpanScaling, such as SpanScaling(1.5, 1.0), or None, got {self.span_scaling!r}"
+                )

@@ -20,7 +20,7 @@ ROOMS = {
         {"torch", "transformers", "accelerate", "peft", "bitsandbytes"},
     ),
     "cli": (
-        {"geometry", "scaling", "kernels", "integrations", "config", "errors", ""},
+        {"geometry", "scaling", "kernels", "stability", "integrations", "config", "errors", ""},
         {"torch", "transformers", "typer", "rich", "matplotlib", "datasets", "huggingface_hub"},
     ),
 }

@@ -18,6 +18,7 @@ from ..scaling import E4M3, QuantScales
 from .layer import GeoScaleLayer
 from .masks import CONTINUATION_ROWS, is_key_range, visibility_of_call
 from .softcap import softcap_attention_forward
+from .spans import refuse_unknown_sequences, scales_spans, with_scaled_spans
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +180,11 @@ def geoscale_attention_forward(
     layer, (batch, _, rows, _), keys = _layer_of(module), query.shape, key.shape[2]
     scaling = layer.site.softmax_scale if scaling is None else scaling
     _refuse_options(layer, kwargs, rows != keys)
+    scaled = scales_spans(layer, query, key, value)
+    if scaled:  # spans are those of rotated operands, and their gradients come one by one
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        rotary = packed = None
     sdpa = {
         "dropout": dropout,
         "scaling": scaling,
@@ -188,13 +194,19 @@ def geoscale_attention_forward(
         **kwargs,
     }
     if _decodes(query, key, attention_mask):
+        if scaled:
+            refuse_unknown_sequences(layer, f"{rows} tokens after a cache of {keys - rows}")
         return _delegate(layer, "kv_cache", module, query, key, value, attention_mask, **sdpa)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     packing = {name: kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k")}
     visibility = visibility_of_call(attention_mask, batch, rows, keys, causal, sliding_window, **packing)
     if visibility is None:
         reason = _refuse_mask(layer, cast(Tensor, attention_mask))
+        if scaled:
+            refuse_unknown_sequences(layer, reason)
         return _delegate(layer, reason, module, query, key, value, attention_mask, **sdpa)
+    if scaled:
+        query, key, value = with_scaled_spans(layer, visibility, query, key, value)
     seen = key, value
     if visibility.key_length != keys:
         seen = key[:, :, : visibility.key_length], value[:, :, : visibility.key_length]

@@ -120,6 +120,8 @@ def why_not(layer: GeoScaleLayer) -> str | None:
         return "fused_front_end=False"
     if config.scaling != "geometry":
         return f"scaling={config.scaling!r} looks at rotated queries and keys"
+    if config.span_scaling is not None and not config.span_scaling.is_identity:
+        return "span scaling looks at rotated queries and keys"
     kind = type(attention)
     if kind.__name__ not in FORWARDS or not kind.__module__.startswith("transformers."):
         return f"{kind.__name__} has no fused forward"

@@ -227,6 +227,8 @@ class GeoScaleLayer(PatchedLayer):
         source = self.config.bound if self.config.scaling == "geometry" else f"{self.config.scaling} scaling"
         if self.config.quantize_logits:
             source += ", FP8 logits"
+        if (spans := self.config.span_scaling) is not None:
+            source += f", gradient spans × {spans.a_parallel:g}, {spans.a_perpendicular:g}"
         return (
             f"geoscale: E4M3, {source}, {self.config.precision}, {mixing}, headroom {self.config.headroom:g}, "
             f"|q| ≤ {q:.3g}, |k| ≤ {k:.3g}, |v| ≤ {v:.3g}, |logit| ≤ {logit:.3g}"

@@ -173,7 +173,9 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
         layers = [GeoScaleLayer(site, config, alpha, around[site.attention]) for site in sites]
         measured = _measure_all(layers)
     except UnsupportedModelError as error:
-        if config.fallback != "sdpa":
+        if (
+            config.fallback != "sdpa" or config.span_scaling is not None
+        ):  # left alone, its gradients would not be scaled
             raise
         unpatch_model(model)
         _count_unsupported(model, config, error)

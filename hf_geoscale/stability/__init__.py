@@ -10,3 +10,5 @@ from .qk_clip import clip_factors as clip_factors
 from .quack import LogitChangeControl as LogitChangeControl
 from .slices import HeadSlices as HeadSlices
 from .slices import LogitWeights as LogitWeights
+from .span import SpanScaling as SpanScaling
+from .span import scale_span_gradients as scale_span_gradients

@@ -1,0 +1,127 @@
+"""benchmarks/span_scaling.py: one tiny run an arm, equal tuning, and a page whose sentences follow the numbers."""
+# ruff: noqa: E402  (scripts import each other as neighbours, so their folder is put on the path first)
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import span_scaling
+import span_scaling_report as report
+from span_scaling import PAIRS, QUICK, RATES, TUNING_SEEDS, RandomSpans, Run
+
+PLAIN = (1.0, 1.0)
+
+
+def records(span: float = 0.0, random: float = 0.0, seeds: int = 8) -> tuple[dict, list[dict]]:
+    """A whole benchmark whose losses are made up: those of "span" and "random" lie that far from plain's."""
+    shift = {"plain": 0.0, "uniform": 0.0, "span": span, "random": random}
+
+    def record(run: Run) -> dict:
+        wobble = 0.01 * ((run.seed * 7 + round(10 * sum(run.pair)) + len(run.arm)) % 5 - 2)
+        loss = 2.0 + abs(run.rate - RATES[2]) + shift[run.arm] - 0.05 * (run.pair == PAIRS[3]) + wobble
+        return {**vars(run), "held_out": loss, "overflows": 0, "seconds": 1.0}
+
+    found = [record(run) for run in span_scaling.tuning((PLAIN,), RATES, ("plain",), TUNING_SEEDS)]
+    rates = span_scaling.rates_around(report.best_rate(found, "plain", PLAIN))
+    found += [record(run) for run in span_scaling.tuning(PAIRS, rates, ("span", "random"), TUNING_SEEDS[:1])]
+    found += [record(run) for seed in range(seeds) for run in span_scaling.comparison(found, seed)]
+    host = {**span_scaling.host_of(replace(QUICK, seeds=seeds), "cpu", 1), "seconds": 60.0}
+    return json.loads(json.dumps([host, found]))
+
+
+@pytest.mark.cpu
+class TestRuns:
+    def test_every_arm_trains_and_starts_from_the_same_weights(self):
+        losses = {}
+        for arm, pair in (("plain", PLAIN), ("span", (2.0, 0.0)), ("random", (2.0, 0.0)), ("uniform", (2.0, 2.0))):
+            first = {name: p.detach().clone() for name, p in self.model(arm, pair).named_parameters()}
+            again = dict(self.model("plain", PLAIN).named_parameters())
+            assert all(torch.equal(p, again[name]) for name, p in first.items())
+            record = span_scaling.measure(Run("compare", arm, pair, 1e-2, 0), QUICK, "cpu")
+            assert record["overflows"] == 0
+            losses[arm] = record["held_out"]
+        assert losses["plain"] < 5.5  # ln 256 = 5.545: nothing learnt
+        assert len(set(losses.values())) == 4
+
+    def model(self, arm: str, pair):
+        return span_scaling.model_of(QUICK, Run("compare", arm, pair, 1e-2, 0), "cpu")
+
+    def test_the_control_has_the_rank_of_the_operand_and_none_of_its_span(self):
+        torch.manual_seed(0)
+        x = torch.randn(400, 16, dtype=torch.float64)
+        scaling = RandomSpans(1.0, 0.0)
+        grad = torch.eye(400, dtype=torch.float64)
+        projector = scaling.scale(grad, x)
+        assert float(torch.linalg.matrix_rank(projector, rtol=0.1)) == 16
+        inside = float((projector @ x).norm() ** 2 / x.norm() ** 2)
+        assert inside == pytest.approx(16 / 400, rel=0.5)
+        assert not torch.equal(scaling.scale(grad, x), projector)  # drawn anew
+
+    def test_arms_are_tuned_alike_on_other_seeds(self):
+        _, found = records()
+        tuned = [r for r in found if r["phase"] == "tune"]
+        counts = {arm: sum(r["arm"] == arm for r in tuned) for arm in ("plain", "span", "random")}
+        assert counts == {"plain": 15, "span": 15, "random": 15}
+        assert {r["rate"] for r in tuned if r["arm"] != "plain"} <= {r["rate"] for r in tuned if r["arm"] == "plain"}
+        assert not {r["seed"] for r in tuned} & {r["seed"] for r in found if r["phase"] == "compare"}
+
+    @pytest.mark.parametrize(("best", "expected"), [(0, (0, 1, 2)), (2, (1, 2, 3)), (4, (2, 3, 4))])
+    def test_rates_stay_among_those_of_plain(self, best, expected):
+        assert span_scaling.rates_around(RATES[best]) == tuple(RATES[i] for i in expected)
+
+
+class TestReport:
+    @pytest.mark.parametrize(
+        ("span", "random", "found"),
+        [
+            (-0.2, 0.0, "**The spans help in this set-up, against both controls**"),
+            (-0.2, -0.2, "**No gain from the spans is shown here"),  # any subspace would do
+            (0.2, 0.3, "**No gain from the spans is shown here"),
+            (0.2, 0.0, "is higher than that of plain gradients"),
+            (-0.2, 0.0, "is lower than that of plain gradients"),
+        ],
+    )
+    def test_the_verdict_follows_the_numbers(self, span, random, found):
+        host, runs = records(span, random)
+        assert found in report.verdict(host, runs)
+        assert "a_parallel = 1 and a_perpendicular = 0" in report.verdict(host, runs)  # the pair made best
+        page = report.to_markdown(host, runs)
+        assert page.count("\n| span |") == page.count("\n| random |") == 2 * len(PAIRS)
+        assert "reconstruction from the abstract" in page
+
+    def test_the_sign_flip_test(self):
+        assert report.sign_flip_p([1.0] * 8) == 2 / 256
+        assert report.sign_flip_p([1.0, -1.0]) == 1.0
+        assert report.sign_flip_p([3.0, 2.0, -1.0]) == 0.5  # |sum| 4 or 6: 4 of the 8 signs
+
+    def test_changes_are_paired_by_seed(self):
+        found = [
+            {
+                "phase": "compare",
+                "arm": arm,
+                "pair": PLAIN,
+                "rate": 1.0,
+                "seed": seed,
+                "held_out": 100 * (seed + 1) + more,
+            }
+            for arm, more in (("plain", 0.0), ("span", 2.0))
+            for seed in ((0, 1, 2) if arm == "plain" else (2, 0, 1))
+        ]
+        change = report.paired(found, ("span", PLAIN), ("plain", PLAIN))
+        assert change["mean"] == pytest.approx(1.0)  # 2 of a mean of 200
+        assert change["spread"] == pytest.approx(0.0, abs=1e-12)
+        assert change["p"] == 0.25
+
+    def test_the_page_is_rendered_from_its_records(self):
+        path = ROOT / "docs" / "span_scaling.jsonl"
+        if not path.exists():
+            pytest.skip("docs/span_scaling.jsonl has not been measured")
+        host, *found = map(json.loads, path.read_text().splitlines())
+        assert report.to_markdown(host, found).strip() == path.with_suffix(".md").read_text().strip()
