@@ -220,9 +220,9 @@ def refresh_scales(model: nn.Module, wait: bool = False) -> None:
         UnsupportedModelError: weights whose geometry cannot be read any more (an adapter was added, say).
         NonFiniteWeightsError: NaN or Inf in the weights, or, on a GPU, in those of the last refresh; the old scales stay.
     """
-    if not patched_layers(model):
+    if not (patched := patched_layers(model)):
         raise ValueError("refresh_scales needs a patched model: call patch_model(model) first")
-    layers = geoscale_layers(model)
+    layers = [layer for layer in patched if isinstance(layer, GeoScaleLayer)]
     readable = [layer for layer in layers if layer.measurable]
     if readable:
         readable[0].group.refresh(readable, wait)

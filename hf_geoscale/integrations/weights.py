@@ -128,6 +128,8 @@ def effective_weight(
     plain = _plain_weight(base, where)
     if tuple(plain.weight.shape) != shape:
         raise UnsupportedModelError(f"{where} must have a weight of shape {shape}, got {tuple(plain.weight.shape)}")
+    if module is base and type(module) in (nn.Linear, Conv1D) and type(module.weight) is nn.Parameter:
+        return plain  # neither adapters nor casts
     swap = type(base) is Conv1D
     rows = plain.transposed if swap else plain
     token = TokenBound.of_norm(gain, shift, rows.weight.shape[1], rows.weight.device)

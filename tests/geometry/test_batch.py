@@ -1,7 +1,6 @@
 """Layers measured together, and on tensor cores: the same bounds as one by one, never below float64's singular values."""
 
 import math
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,6 +12,7 @@ from hf_geoscale.geometry import tensor_cores as tc
 from hf_geoscale.geometry.certificates import ROUNDING_MARGIN, UNIT_ROUNDOFF, norm_bound
 from hf_geoscale.geometry.spectral import SQUARINGS
 
+from ..host_reads import no_host_reads
 from .test_spectral import KINDS, matrices
 
 BOUNDS = ("q_bound", "k_bound", "v_bound", "logit_bound", "sigma_lower")
@@ -37,7 +37,9 @@ def mixed_layers() -> list[LayerMaps]:
     shift = layer(40, bias=True)
     shift = replace(shift, query=replace(shift.query, norm_shift=draw(3, 48)))
     normed = layer(50)
-    normed = replace(normed, query=Projection.of_head_norm(1 + draw(1, 16), 4, 1.3), key=Projection.of_head_norm(draw(2, 16), 2))
+    normed = replace(
+        normed, query=Projection.of_head_norm(1 + draw(1, 16), 4, 1.3), key=Projection.of_head_norm(draw(2, 16), 2)
+    )
     adapted = layer(60)
     adapted = replace(adapted, value=replace(adapted.value, excess=draw(4, 2, 16).abs()))
     return [
@@ -121,7 +123,19 @@ class TestTogether:
 class CountedOperations(TorchDispatchMode):
     """Counts dispatched operations that make new values."""
 
-    VIEWS = ("view", "detach", "transpose", "slice", "split", "unbind", "select", "expand", "squeeze", "alias", "diagonal")
+    VIEWS = (
+        "view",
+        "detach",
+        "transpose",
+        "slice",
+        "split",
+        "unbind",
+        "select",
+        "expand",
+        "squeeze",
+        "alias",
+        "diagonal",
+    )
 
     def __init__(self):
         super().__init__()
@@ -130,20 +144,6 @@ class CountedOperations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.operations += not any(name in str(function) for name in self.VIEWS)
         return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def no_host_reads():
-    """Everything that would wait for a GPU raises."""
-
-    def refuse(self, *args, **kwargs):
-        raise AssertionError("the host reads a tensor")
-
-    names = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "nonzero")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in names:
-            patch.setattr(torch.Tensor, name, refuse)
-        yield
 
 
 def test_the_spy_sees_a_read():
@@ -203,7 +203,9 @@ class TestAllowances:
             worst = min(worst, float(tc.half_trace_power_bound(g)) / tc.half_looseness(64) / sigma)
         assert worst < 1
 
-    @pytest.mark.parametrize(("width", "parts"), [(576, 1), (1024, 1), (4096, 4), (5120, 5), (1600, 2), (2049, 3), (1031, 1)])
+    @pytest.mark.parametrize(
+        ("width", "parts"), [(576, 1), (1024, 1), (4096, 4), (5120, 5), (1600, 2), (2049, 3), (1031, 1)]
+    )
     def test_rows_are_cut_into_equal_parts(self, width, parts):
         assert tc.partition(width) == (parts, width // parts)
 
