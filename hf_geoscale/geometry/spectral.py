@@ -140,13 +140,14 @@ def gram_power_iteration(
     """Lower bound of σ(A_Qᵀ A_K) per query head, up to the Gram matrices' round-off, without reading the weights again.
 
     The iteration of `interaction_power_iteration` on v = A_Kᵀ z: z ← G_Q G_K z, ‖M v‖² = (G_K z)ᵀ G_Q (G_K z), ‖v‖² = zᵀ G_K z.
+    σ is measured with the vectors before the last round.
 
     Returns:
         sigma_lower (N·Hq,) and the vectors (N·Hq, D) to warm-start the next call with; a 0 keeps the vector it came from.
     """
     heads, dim = vectors.shape
     tiny = torch.finfo(vectors.dtype).tiny
-    for _ in range(rounds + 1):
+    for _ in range(rounds):
         image = (vectors.view(len(gram_k), -1, dim) @ gram_k).view(heads, 1, dim)  # G_K z
         mapped = image @ gram_q  # G_Q G_K z
         squared, length = (mapped * image).sum((1, 2)), (vectors * image[:, 0]).sum(1)

@@ -14,6 +14,7 @@ like. TF32 reads BF16 and FP16 numbers exactly, so no flag of torch can lower a 
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def scaled_rows(
     if gain is None:
         out.copy_(weight)
     else:
-        torch.mul(weight, gain.detach().view(parts, 1, length), out=out)
+        torch.mul(weight, gain.detach().reshape(parts, 1, length), out=out)
 
 
 def half_trace_power_bound(
@@ -95,14 +96,20 @@ def half_trace_power_bound(
         norms.append(norm)
         if i < squarings - 1:
             half = torch.empty_like(power, dtype=torch.float16)
-            torch.mul(power, norm.reciprocal().float()[:, None, None], out=half)
+            torch.mul(power, norm.reciprocal()[:, None, None], out=half)
             power = products(half)
-    exponents = torch.exp2(-torch.arange(squarings, dtype=torch.float64, device=gram.device))
-    return torch.exp(exponents @ torch.stack(norms).log()) * half_looseness(gram.shape[-1])
+    return torch.exp(_exponents(squarings, gram.device) @ torch.stack(norms).log()) * half_looseness(gram.shape[-1])
+
+
+@lru_cache(maxsize=64)
+def _exponents(squarings: int, device: torch.device) -> Tensor:
+    """1, ½, ¼, …: (squarings,) float64."""
+    with torch.inference_mode(False):
+        return torch.exp2(-torch.arange(squarings, dtype=torch.float64, device=device))
 
 
 def half_looseness(dim: int) -> float:
     """(1 + ê)²(1 + â) of the module's docstring: 1.3 % at D = 128."""
     rounding = SLACK * math.sqrt(dim) * (FP16_ROUNDOFF + dim * FP16_UNDERFLOW)
     addition = SLACK**2 * dim**2 * 1.03 * ADDITION
-    return (1 + rounding) ** 2 * (1 + addition) * (1 + 2.0**-20)  # the last: 1/t in float32
+    return (1 + rounding) ** 2 * (1 + addition) * (1 + 2.0**-20)  # the last: norms in float64

@@ -25,6 +25,7 @@ class HostValues:
 
     def __init__(self, values: Tensor):
         self._values, self._event = values, None
+        self._numbers: list[float] | None = None
         if values.is_cuda:
             self._values = torch.empty_like(values, device="cpu", pin_memory=True)
             self._values.copy_(values, non_blocking=True)
@@ -41,10 +42,11 @@ class HostValues:
         return self._event is None
 
     def read(self) -> list[float]:
-        if self._event is not None:
-            self._event.synchronize()
-            self._event = None
-        return self._values.tolist()
+        if self._numbers is None:
+            if self._event is not None:
+                self._event.synchronize()
+            self._numbers = self._values.tolist()
+        return self._numbers
 
 
 @contextmanager

@@ -133,7 +133,8 @@ def effective_weight(
     swap = type(base) is Conv1D
     rows = plain.transposed if swap else plain
     token = TokenBound.of_norm(gain, shift, rows.weight.shape[1], rows.weight.device)
-    rows = rows._replace(excess=_cast_excess(base, rows.weight, token, where))
+    # What is dequantised here may be rounded otherwise when it runs: float64 is measured with room for a cast to BF16.
+    rows = rows._replace(weight=rows.weight.detach().double(), excess=_cast_excess(base, rows.weight, token, where))
     if is_adapter(module):
         rows = with_adapters(module, rows, where, token)
     return rows.transposed if swap else rows
