@@ -3,8 +3,8 @@
 The model has all its attention layers and next to no feed-forward layers or vocabulary. Device time is what the refresh keeps the
 device busy: the host is let run ahead first, so that no launch is waited for; where the device's queue is too short for that, it is
 marked ≤. Host time is until the call returns, no waiting for the device. Both are p50 [p20, p80] of the repetitions,
-warm-started as in training. The share is device time over the time of a training step: given by --step-ms, else assumed to be 6 operations a
-parameter and token at STEP_SPEED.
+warm-started as in training. The share is device time over the time of a training step: given by --step-ms, else assumed to be 6
+operations a parameter and token at STEP_SPEED.
 
 Before that, a gate: every certificate of the first layer is compared with σ by SVD in float64, and the run fails if one lies below.
 "Looseness" is the largest ratio of a certificate of that layer to the one that float64 arithmetic gives.

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_geoscale.geometry import LayerMaps, Projection, gram, measure_layer, measure_layers, sigma_upper
+from hf_geoscale.geometry import LayerMaps, Projection, batch, gram, measure_layer, measure_layers, sigma_upper
 from hf_geoscale.geometry import tensor_cores as tc
+from hf_geoscale.geometry.batch import measure_maps
 from hf_geoscale.geometry.certificates import ROUNDING_MARGIN, UNIT_ROUNDOFF, norm_bound
 from hf_geoscale.geometry.spectral import SQUARINGS
 
@@ -171,7 +172,35 @@ def test_tensor_cores_enclose_the_certificate(kind, shape, dtype):
     assert (bound <= allowed + math.sqrt(tc.sum_error(shape[2])) * frobenius + 2 * tc.UNDERFLOW).all()
 
 
+def certificate(weight: torch.Tensor, gain: torch.Tensor) -> float:
+    """√d·σ as the certificate of one head has it, on tensor cores and without the margin for the rest of the way."""
+    p = Projection(weight, gain)
+    return float(measure_maps([p], "tensor cores").bound[0]) / (1 + ROUNDING_MARGIN)
+
+
 class TestAllowances:
+    """Each by a case in which it is used up, so that the certificate would be too small without it."""
+
+    def test_scaled_weights_that_all_round_down(self):
+        weight, gain = torch.ones(1, 1, 64).bfloat16(), torch.full((64,), 1 + 0.99 * 2.0**-8)
+        assert certificate(weight, gain) >= 64 * (1 + 0.99 * 2.0**-8)
+        assert certificate(weight, gain) < 64 * (1 + 1.5 * 2.0**-8)
+
+    def test_weights_that_round_up_when_they_run_and_down_when_they_are_measured(self):
+        weight, gain = torch.full((1, 1, 64), 1 + 1.01 * 2.0**-8), torch.full((64,), 0.9999)
+        assert certificate(weight, gain) >= 64 * float(weight.bfloat16()[0, 0, 0]) * 0.9999 > 64 * (1 + 1.9 * 2.0**-8)
+
+    def test_sums_that_are_cut_off(self, monkeypatch):
+        monkeypatch.setattr(batch, "_rounding", lambda projection, arithmetic: 0.0)
+        monkeypatch.setattr(batch, "half_trace_power_bound", lambda grams: torch.linalg.matrix_norm(grams.double(), 2))
+        monkeypatch.setattr(batch, "products", lambda rows: torch.ones(len(rows), 1, 1))  # what is left of them
+        weight = torch.full((1, 1, 1024), 1.4140625 * 2.0**-12).bfloat16()
+        weight[..., 0] = 1
+        assert certificate(weight, torch.ones(1024)) >= 32 * float(weight.double().norm()) > 32 * (1 + 5e-5)
+
+    def test_products_that_underflow(self):
+        assert certificate(torch.full((1, 1, 64), 1e-25), torch.ones(64)) >= 64e-25
+
     def test_gram_of_truncated_sums_is_covered(self):
         """Products added one by one in float32, each sum cut off below: what the worst matrix unit would do."""
         a = torch.full((1, 8, 512), 1.4140625 * 2.0**-12).bfloat16()  # products just below the last place of 1
