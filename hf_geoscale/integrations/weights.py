@@ -133,8 +133,9 @@ def effective_weight(
     swap = type(base) is Conv1D
     rows = plain.transposed if swap else plain
     token = TokenBound.of_norm(gain, shift, rows.weight.shape[1], rows.weight.device)
-    # What is dequantised here may be rounded otherwise when it runs: float64 is measured with room for a cast to BF16.
-    rows = rows._replace(weight=rows.weight.detach().double(), excess=_cast_excess(base, rows.weight, token, where))
+    # What is dequantised to BF16 may run unrounded; only a float32 weight is measured with room for a cast of its own.
+    weight = rows.weight.detach().to(torch.promote_types(rows.weight.dtype, torch.float32))
+    rows = rows._replace(weight=weight, excess=_cast_excess(base, rows.weight, token, where))
     if is_adapter(module):
         rows = with_adapters(module, rows, where, token)
     return rows.transposed if swap else rows

@@ -277,4 +277,5 @@ def test_large_layers_on_a_gpu(dtype, tf32, monkeypatch):
         ):
             sigma = torch.linalg.svdvals(p.matrix())[:, 0]
             assert (bound >= math.sqrt(2048) * sigma * (1 + ROUNDING_MARGIN)).all()
-            assert (bound <= 1.05 * double).all()
+            # With float32 weights a second cast to BF16, 2⁻⁸‖A‖_F/σ = 3.5 % at this shape; all else is below 2 %.
+            assert (bound <= 1.08 * double).all()
