@@ -6,8 +6,8 @@ marked ≤. Host time is until the call returns, no waiting for the device. Both
 warm-started as in training. The share is device time over the time of a training step: given by --step-ms, else assumed to be 6
 operations a parameter and token at STEP_SPEED.
 
-Before that, a gate: every certificate of the first layer is compared with σ from float64 eigenvalues, and the run fails if one lies below.
-"Looseness" is the largest ratio of a certificate of that layer to the one that float64 arithmetic gives.
+Before that, a gate: every certificate of the first layer is compared with σ from float64 eigenvalues, and the run fails if one lies
+below. "Looseness" is the largest ratio of a certificate of that layer to the one that float64 arithmetic gives.
 """
 
 import argparse
