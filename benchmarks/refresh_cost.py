@@ -1,23 +1,36 @@
-"""Time of one refresh for a model's shape with random weights, on the device at hand: `python benchmarks/refresh_cost.py`.
+"""Cost of `refresh_scales` for a model's shape with random weights: `python benchmarks/refresh_cost.py`.
 
-One layer is refreshed (median of five after a warm-up) and counted as many times as the model has layers. Certificates, with the
-trace powers of D × D Gram matrices, and warm-started power iteration are timed apart. Work: the 2·D²·d·(Hq + 2·Hkv) operations of
-the Gram matrices of a layer, times the layers, which is what the certificates grow with.
+The model has all its attention layers and next to no feed-forward layers or vocabulary. Device time is what the refresh keeps the
+device busy: the host is let run ahead first, so that no launch is waited for; where the device's queue is too short for that, it is
+marked ≤. Host time is until the call returns, no waiting for the device. Both are p50 [p20, p80] of the repetitions,
+warm-started as in training. The share is device time over the time of a training step: given by --step-ms, else assumed to be 6
+operations a parameter and token at STEP_SPEED.
+
+Before that, a gate: every certificate of the first layer is compared with σ from float64 eigenvalues, and the run fails if one lies
+below. "Looseness" is the largest ratio of a certificate of that layer to the one that float64 arithmetic gives.
 """
 
 import argparse
+import gc
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_geoscale.geometry import Projection, measure_layer
-from hf_geoscale.geometry.spectral import WARM_ROUNDS, interaction_power_iteration
+from hf_geoscale import patch_model, refresh_scales
+from hf_geoscale.geometry import gram, measure_layer
+from hf_geoscale.geometry.batch import arithmetic_of
+from hf_geoscale.integrations import geoscale_layers
 
 STEP_TOKENS, STEP_SPEED = 8192, 400e12
-"""An assumed training step: 6 operations a parameter and token, at the 400 TFLOP/s that BF16 training reaches on an H100."""
+"""An assumed training step: tokens, and operations a second that BF16 training reaches on an H100."""
+
+REPETITIONS = 15
+
+HEAD_START = 5 * 10**8
+"""Clock cycles the device is kept busy while the host queues a refresh: about 0.3 s on an H100."""
 
 # name: width, head dimension, query heads, key/value heads, layers, parameters
 SHAPES = {
@@ -30,70 +43,138 @@ SHAPES = {
 }
 
 COLUMNS = (
-    *("shape", "device", "torch", "work, GFLOP", "certificates, ms", "power iteration, ms", "a refresh, ms"),
-    "share of an assumed step",
+    *("shape", "weights", "arithmetic", "q, k, v weights, GB", "device, ms", "host, ms", "extra peak memory, MiB"),
+    *("looseness", "step, ms", "share of the step"),
 )
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
-    """Median wall clock of five calls after one."""
-    times = []
-    for _ in range(6):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
-
-
-def layer_seconds(width: int, dim: int, heads: int, kv_heads: int, device: str) -> tuple[float, float]:
-    """Seconds of one layer's refresh, and of its power iteration alone."""
-    generator = torch.Generator(device).manual_seed(0)
-    gain = torch.ones(width, device=device)
-    query, key, value = (
-        Projection(torch.randn(h, dim, width, generator=generator, device=device) * width**-0.5, gain)
-        for h in (heads, kv_heads, kv_heads)
+def build(shape: str, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
+    """A patched model of Llama's attention layers, weights and gains random (seed 0), in training mode."""
+    width, dim, heads, kv_heads, layers, _ = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=dim,
+        dtype=dtype,
     )
-    vectors = measure_layer(query, key, value, dim**-0.5).vectors
-    matrix_q, matrix_k = query.matrix(), key.matrix()
-    whole = seconds(lambda: measure_layer(query, key, value, dim**-0.5, vectors=vectors), device)
-    power = seconds(lambda: interaction_power_iteration(matrix_q, matrix_k, vectors, WARM_ROUNDS), device)
-    return whole, power
+    torch.manual_seed(0)
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        model = LlamaForCausalLM(config).train()
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.input_layernorm.weight.add_(0.1 * torch.randn_like(block.input_layernorm.weight))
+    return patch_model(model)
 
 
-def row(name: str, device: str, device_name: str) -> str:
-    width, dim, heads, kv_heads, layers, parameters = SHAPES[name]
-    whole, power = (x * layers for x in layer_seconds(width, dim, heads, kv_heads, device))
-    work = 2 * dim**2 * width * (heads + 2 * kv_heads) * layers
-    share = whole / (6 * parameters * STEP_TOKENS / STEP_SPEED) if device == "cuda" else None
-    cells = [name, device_name, torch.__version__, f"{work / 1e9:.1f}"]
-    cells += [f"{x * 1e3:.0f}" for x in (whole - power, power, whole)]
-    cells.append("–" if share is None else f"{share:.1%}")
+@torch.no_grad()
+def gate(model: LlamaForCausalLM) -> float:
+    """Looseness of the first layer's certificates; raises RuntimeError if one is below √d·σ of its weights."""
+    layer = geoscale_layers(model)[0]
+    projections = layer.site.projections()
+    double = measure_layer(*projections, layer.site.softmax_scale, arithmetic="float64")
+    worst = 0.0
+    for name, projection in zip("qkv", projections, strict=True):
+        bound = getattr(layer.geometry, f"{name}_bound")
+        matrix = projection.matrix()
+        sigma = torch.linalg.eigvalsh(gram(matrix))[:, -1].sqrt()
+        if not bool((bound >= matrix.shape[-1] ** 0.5 * sigma).all()):
+            raise RuntimeError(f"a certificate of {name} lies below the norm of its weights")
+        worst = max(worst, float((bound / getattr(double, f"{name}_bound")).amax()))
+    return worst
+
+
+def measure(model: LlamaForCausalLM, head_start: int) -> tuple[list[float], list[float], int]:
+    """Device and host milliseconds of each repetition, and the bytes a refresh needs at its peak beyond what is allocated.
+
+    Without a GPU only host milliseconds. Device milliseconds are empty where the host did not finish within the head start.
+    """
+    on_device, on_host, peak = [], [], 0
+    for _ in range(REPETITIONS):
+        if on_gpu := torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            allocated = torch.cuda.memory_allocated()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if head_start:
+                torch.cuda._sleep(head_start)
+            start.record()
+        started = time.perf_counter()
+        refresh_scales(model)
+        on_host.append((time.perf_counter() - started) * 1e3)
+        if on_gpu:
+            late = bool(head_start) and start.query()
+            stop.record()
+            torch.cuda.synchronize()
+            if late:
+                return [], on_host, peak
+            on_device.append(start.elapsed_time(stop))
+            peak = max(peak, torch.cuda.max_memory_allocated() - allocated)
+    return on_device, on_host, peak
+
+
+def spread(times: list[float]) -> str:
+    fifths = statistics.quantiles(times, n=5)
+    return f"{statistics.median(times):.2f} [{fifths[0]:.2f}, {fifths[3]:.2f}]"
+
+
+def row(shape: str, dtype: torch.dtype, device: str, step_ms: float | None) -> str:
+    gc.collect()  # the model before: modules and their hooks refer to each other
+    model = build(shape, dtype, device)
+    looseness = gate(model)
+    for _ in range(4):
+        refresh_scales(model)
+    _, on_host, _ = measure(model, 0)
+    on_device, _, peak = measure(model, HEAD_START)
+    bound = "" if on_device else "≤ "
+    if not on_device:
+        on_device, _, peak = measure(model, 0)
+    with torch.no_grad():
+        projections = [layer.site.projections() for layer in geoscale_layers(model)]
+    weights = sum(p.weight.numel() * p.weight.element_size() for maps in projections for p in maps)
+    source = "given" if step_ms else "assumed"
+    step_ms = step_ms or 6 * SHAPES[shape][5] * STEP_TOKENS / STEP_SPEED * 1e3
+    cells = [shape, str(dtype).removeprefix("torch."), arithmetic_of(projections[0]), f"{weights / 1e9:.2f}"]
+    cells += [bound + spread(on_device) if on_device else "–", spread(on_host)]
+    cells += [f"{peak / 2**20:.0f}" if device == "cuda" else "–", f"{looseness:.4f}"]
+    cells += [f"{step_ms:.0f} ({source})"]
+    cells += [f"{bound}{statistics.median(on_device) / step_ms:.2%}" if on_device else "–"]
     return f"| {' | '.join(cells)} |\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--output", type=Path, help="Markdown file to append a row per shape to; default: print only")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float16", "float32"]
+    )
+    parser.add_argument(
+        "--step-ms", type=float, nargs="+", help="milliseconds of a training step, one a shape, 0: assumed"
+    )
+    parser.add_argument("--output", type=Path, help="Markdown file to write the table to; default: print only")
     arguments = parser.parse_args()
+    steps = arguments.step_ms or [0.0] * len(arguments.shapes)
+    if len(steps) != len(arguments.shapes):
+        parser.error(f"--step-ms needs one number a shape: {len(arguments.shapes)} shapes, got {len(steps)} numbers")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    rows = []
-    for shape in arguments.shapes:
-        rows.append(row(shape, device, name))
-        print(rows[-1], end="", flush=True)
+    table = [f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"]
+    for shape, step_ms in zip(arguments.shapes, steps, strict=True):
+        for dtype in arguments.dtypes:
+            table.append(row(shape, getattr(torch, dtype), device, step_ms or None))
+            print(table[-1], end="", flush=True)
     if arguments.output:
         header = (
-            "Generated by `python benchmarks/refresh_cost.py`: one refresh of all layers, random weights, one layer times their "
-            f"number.\nThe step: {STEP_TOKENS:,} tokens at {STEP_SPEED / 1e12:.0f} TFLOP/s, assumed.\n\n"
-            f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+            f"Generated by `python benchmarks/refresh_cost.py` on {name}, torch {torch.__version__}: `refresh_scales` of all "
+            f"layers, random weights (seed 0), p50 [p20, p80] of {REPETITIONS}.\nAssumed steps: {STEP_TOKENS:,} tokens at "
+            f"{STEP_SPEED / 1e12:.0f} TFLOP/s. Looseness: largest ratio to the certificate in float64 arithmetic.\n\n"
         )
-        text = arguments.output.read_text() if arguments.output.exists() else header
-        arguments.output.write_text(text + "".join(rows))
+        arguments.output.write_text(header + "".join(table))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Spectral norms, certificates and the rank-aware bound; torch only."""
 
 from .certificates import UNIT_ROUNDOFF, Projection, entry_bound, logit_bound, norm_bound, operand_bound
-from .layer import LayerGeometry, measure_interaction, measure_layer
+from .layer import LayerGeometry, LayerMaps, measure_interaction, measure_layer, measure_layers
 from .rank_aware import alpha_min, rank_aware_gain, typicality_gamma
 from .spectral import (
     gram,
@@ -17,6 +17,7 @@ from .spectral import (
 __all__ = [
     "UNIT_ROUNDOFF",
     "LayerGeometry",
+    "LayerMaps",
     "Projection",
     "alpha_min",
     "entry_bound",
@@ -27,6 +28,7 @@ __all__ = [
     "looseness",
     "measure_interaction",
     "measure_layer",
+    "measure_layers",
     "norm_bound",
     "operand_bound",
     "power_iteration",

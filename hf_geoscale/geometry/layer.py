@@ -1,34 +1,68 @@
-"""The geometry of one attention layer: all bounds of one refresh."""
+"""The geometry of attention layers: all bounds of one refresh."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .certificates import ROUNDING_MARGIN, Projection, logit_bound, norm_bound
+from .batch import Arithmetic, MapBounds, arithmetic_of, measure_maps
+from .certificates import ROUNDING_MARGIN, Projection, logit_bound
 from .spectral import (
     COLD_ROUNDS,
     WARM_ROUNDS,
     gram,
-    interaction_power_iteration,
+    gram_power_iteration,
     interaction_sigma_upper,
-    sigma_upper,
     start_vectors,
 )
+
+GRAM_ENTRIES = 2**24
+"""Entries of Gram matrices measured together; the chain over them holds about four such buffers, 256 MiB in float32."""
 
 
 @dataclass(frozen=True)
 class LayerGeometry:
-    """Bounds of one layer, float64, on the weights' device. Bounds hold for every input (see `certificates`)."""
+    """Bounds of one layer, float64, on the weights' device. Bounds hold for every input (see `certificates`).
+
+    `sigma_lower` is of the interaction A_Qᵀ A_K without RoPE, for monitoring. On tensor cores it is that of the weights rounded to
+    BF16, which may lie a little above the weights' own.
+    """
 
     q_bound: Tensor  # (Hq,)
     k_bound: Tensor  # (Hkv,)
     v_bound: Tensor  # (Hkv,)
-    logit_bound: Tensor  # (Hq,)
-    sigma_lower: Tensor  # (Hq,) of the interaction A_Qᵀ A_K, without RoPE; tracked for monitoring
-    vectors: Tensor  # (Hq, d) warm start of the next refresh
-    max_weight_drift: float  # see `weight_drift_budget`; 0 without headroom
+    softmax_scale: float
+    sigma_lower: Tensor  # (Hq,)
+    vectors: Tensor  # (Hq, D) warm start of the next refresh
+    weight_drift: Tensor | None = None  # () see `weight_drift_budget`; None without headroom
     worst_case_logit: Tensor | None = None  # (Hq,) B₁, where it was asked for; bounds a logit only without RoPE
+
+    @cached_property
+    def logit_bound(self) -> Tensor:
+        """Certificate of |logit|: (Hq,)."""
+        return logit_bound(self.q_bound, self.k_bound, self.softmax_scale)
+
+    @property
+    def max_weight_drift(self) -> float:
+        """`weight_drift` as a number, 0 without headroom; waits for the device."""
+        return 0.0 if self.weight_drift is None else float(self.weight_drift)
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """What `measure_layers` needs of one layer."""
+
+    query: Projection
+    key: Projection
+    value: Projection
+    softmax_scale: float  # factor on q·k, dimensionless (usually D^-½)
+    vectors: Tensor | None = None  # (Hq, D) of the last refresh; None starts cold
+
+    @property
+    def projections(self) -> tuple[Projection, Projection, Projection]:
+        return self.query, self.key, self.value
 
 
 def augment(
@@ -53,7 +87,7 @@ def weight_drift_budget(
     """
     if projection.excess is not None:
         return bound.new_zeros(())
-    weight = projection.weight.detach().double()
+    weight = projection.weight.detach()
     _, dim, width = weight.shape
     gain = torch.ones((), dtype=torch.float64, device=weight.device)
     if projection.norm_gain is not None:
@@ -61,7 +95,7 @@ def weight_drift_budget(
     shift = torch.zeros_like(gain)
     if projection.norm_shift is not None:
         shift = projection.norm_shift.detach().double().norm()
-    weight_norm = weight.flatten(1).norm(dim=-1)
+    weight_norm = torch.linalg.vector_norm(weight, dim=(-2, -1), dtype=torch.float64)
     spread = (dim * width) ** 0.5
     slope = width**0.5 * (spread * (gain + 1) + weight_norm)
     if projection.norm_shift is not None or projection.bias is not None:
@@ -75,46 +109,100 @@ def measure_layer(
     key: Projection,
     value: Projection,
     softmax_scale: float,
-    vectors: Tensor | None = None,  # (Hq, d) of the last refresh
+    vectors: Tensor | None = None,  # (Hq, D) of the last refresh
     headroom: float = 1.0,
     interaction: bool = False,
+    arithmetic: Arithmetic | None = None,
 ) -> LayerGeometry:
-    """Bounds of one layer from its three projections.
+    """Bounds of one layer from its three projections: `measure_layers` of it alone."""
+    layer = LayerMaps(query, key, value, softmax_scale, vectors)
+    return measure_layers([layer], headroom, interaction, arithmetic)[0]
+
+
+def measure_layers(
+    layers: Sequence[LayerMaps],
+    headroom: float = 1.0,
+    interaction: bool = False,
+    arithmetic: Arithmetic | None = None,
+) -> list[LayerGeometry]:
+    """Bounds of many layers, each as if it were measured alone (up to round-off), in about as many operations as of one.
+
+    Layers of one head dimension and head count, on one device, are measured together. No value leaves the device.
 
     Args:
-        softmax_scale: factor on q·k, dimensionless (usually D^-½).
-        vectors: warm start; None starts cold.
-        headroom: factor the scales leave above the certificates, for `max_weight_drift`.
+        headroom: factor the scales leave above the certificates, for `weight_drift`.
         interaction: also measure `worst_case_logit`.
+        arithmetic: None decides by layer (`arithmetic_of`).
+    Raises:
+        ValueError: q and k of different widths.
     """
-    projections = (query, key, value)
-    matrices = [p.matrix() for p in projections]
-    heads = [m.shape[0] for m in matrices]
-    sigmas = sigma_upper(torch.cat([gram(m) for m in matrices])).split(heads)
-    bounds = [norm_bound(p, m, s) for p, m, s in zip(projections, matrices, sigmas, strict=True)]
-    drift = (
-        [weight_drift_budget(p, b, headroom) for p, b in zip(projections, bounds, strict=True)] if headroom > 1 else []
-    )
-    matrix_q, matrix_k = matrices[:2]
-    if query.has_offset or key.has_offset:
-        matrix_q, matrix_k = augment(matrix_q, query.offset()), augment(matrix_k, key.offset())
-    width, rounds = matrix_q.shape[-1], WARM_ROUNDS
-    if matrix_k.shape[-1] != width:
-        raise ValueError(f"q and k must see the same token, got widths {width} and {matrix_k.shape[-1]}")
-    if vectors is None or vectors.shape != (heads[0], width):
-        vectors, rounds = start_vectors(heads[0], width), COLD_ROUNDS
-    lower, vectors = interaction_power_iteration(matrix_q, matrix_k, vectors.to(matrix_q.device), rounds)
-    q_bound, k_bound, v_bound = bounds
-    return LayerGeometry(
-        q_bound=q_bound,
-        k_bound=k_bound,
-        v_bound=v_bound,
-        logit_bound=logit_bound(q_bound, k_bound, softmax_scale),
-        sigma_lower=lower,
-        vectors=vectors,
-        max_weight_drift=min(map(float, drift), default=0.0),
-        worst_case_logit=measure_interaction(query, key, softmax_scale)[1] if interaction else None,
-    )
+    groups: dict[tuple, list[int]] = {}
+    for index, layer in enumerate(layers):
+        query, key, _ = layer.projections
+        if query.weight.shape[-1] != key.weight.shape[-1]:
+            widths = f"{query.weight.shape[-1]} and {key.weight.shape[-1]}"
+            raise ValueError(f"q and k must see the same token, got widths {widths}")
+        way = arithmetic or arithmetic_of(layer.projections)
+        heads = tuple(p.weight.shape[:2] for p in layer.projections)
+        groups.setdefault((way, query.weight.device, heads), []).append(index)
+    found: dict[int, LayerGeometry] = {}
+    for (way, _, heads), members in groups.items():
+        together = max(1, GRAM_ENTRIES // sum(h * dim**2 for h, dim in heads))
+        for start in range(0, len(members), together):
+            batch = members[start : start + together]
+            found |= zip(batch, _measure_together([layers[i] for i in batch], headroom, way), strict=True)
+    if interaction:
+        for index, layer in enumerate(layers):
+            worst_case = measure_interaction(layer.query, layer.key, layer.softmax_scale)[1]
+            found[index] = replace(found[index], worst_case_logit=worst_case)
+    return [found[index] for index in range(len(layers))]
+
+
+def _measure_together(layers: Sequence[LayerMaps], headroom: float, arithmetic: Arithmetic) -> list[LayerGeometry]:
+    """Geometry of layers of one shape on one device."""
+    count, heads = len(layers), [p.weight.shape[0] for p in layers[0].projections]
+    maps = [layer.projections[i] for i in range(3) for layer in layers]  # every q, then every k, then every v
+    measured = measure_maps(maps, arithmetic)
+    sizes = [count * h for h in heads]
+    bounds = [part.view(count, -1).unbind() for part in measured.bound.split(sizes)]
+    lower, vectors = _interactions(layers, measured)
+    drifts: list[Tensor | None] = [None] * count
+    if headroom > 1:
+        certificates = [bound for part in bounds for bound in part]
+        budgets = [weight_drift_budget(p, b, headroom) for p, b in zip(maps, certificates, strict=True)]
+        drifts = list(torch.stack(budgets).view(3, count).amin(0).unbind())
+    scales = [layer.softmax_scale for layer in layers]
+    return [LayerGeometry(*fields) for fields in zip(*bounds, scales, lower, vectors, drifts, strict=True)]
+
+
+def _interactions(layers: Sequence[LayerMaps], measured: MapBounds) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """`sigma_lower` and the next start vectors of each layer, by power iteration on the Gram matrices alone."""
+    count, (heads, dim, _), kv_heads = len(layers), layers[0].query.weight.shape, layers[0].key.weight.shape[0]
+    gram_q, gram_k = measured.grams[: count * heads], measured.grams[count * heads :][: count * kv_heads]
+    _add_offsets(gram_q, measured.offsets[:count])
+    _add_offsets(gram_k, measured.offsets[count : 2 * count])
+    vectors, rounds = [layer.vectors for layer in layers], WARM_ROUNDS
+    if any(v is None or v.shape != (heads, dim) for v in vectors):
+        cold, rounds = start_vectors(heads, dim), COLD_ROUNDS
+        vectors = [cold if v is None or v.shape != (heads, dim) else v for v in vectors]
+    start = torch.cat([v.to(gram_q) for v in vectors if v is not None])
+    lower, vectors_next = gram_power_iteration(gram_q, gram_k, start, rounds)
+    lower = lower.double().view(count, heads)
+    factors = [measured.factors[i] * measured.factors[count + i] for i in range(count)]
+    parts = [part if factor == 1 else part * factor for part, factor in zip(lower.unbind(), factors, strict=True)]
+    return tuple(parts), vectors_next.view(count, heads, dim).unbind()
+
+
+def _add_offsets(
+    grams: Tensor,  # (N, D, D), in place
+    offsets: Sequence[Tensor | None],
+) -> None:
+    """A Aᵀ becomes [A c][A c]ᵀ = A Aᵀ + c cᵀ; the maps of these offsets have as many heads each."""
+    if all(c is None for c in offsets):
+        return
+    zeros = grams.new_zeros(len(grams) // len(offsets), grams.shape[-1])
+    columns = torch.cat([zeros if c is None else c.to(grams.dtype) for c in offsets])
+    grams.baddbmm_(columns[:, :, None], columns[:, None])
 
 
 def measure_interaction(query: Projection, key: Projection, softmax_scale: float) -> tuple[Tensor, Tensor]:

@@ -131,6 +131,31 @@ def interaction_power_iteration(
     return sigma, vectors
 
 
+def gram_power_iteration(
+    gram_q: Tensor,  # (N·Hq, D, D) A_Q A_Qᵀ of N layers
+    gram_k: Tensor,  # (N·Hkv, D, D)
+    vectors: Tensor,  # (N·Hq, D), z
+    rounds: int = WARM_ROUNDS,
+) -> tuple[Tensor, Tensor]:
+    """Lower bound of σ(A_Qᵀ A_K) per query head, up to the Gram matrices' round-off, without reading the weights again.
+
+    The iteration of `interaction_power_iteration` on v = A_Kᵀ z: z ← G_Q G_K z, ‖M v‖² = (G_K z)ᵀ G_Q (G_K z), ‖v‖² = zᵀ G_K z.
+    σ is measured with the vectors before the last round.
+
+    Returns:
+        sigma_lower (N·Hq,) and the vectors (N·Hq, D) to warm-start the next call with; a 0 keeps the vector it came from.
+    """
+    heads, dim = vectors.shape
+    tiny = torch.finfo(vectors.dtype).tiny
+    for _ in range(rounds):
+        image = (vectors.view(len(gram_k), -1, dim) @ gram_k).view(heads, 1, dim)  # G_K z
+        mapped = image @ gram_q  # G_Q G_K z
+        squared, length = (mapped * image).sum((1, 2)), (vectors * image[:, 0]).sum(1)
+        norm = torch.linalg.vector_norm(mapped, dim=-1)
+        vectors = torch.where(norm == 0, vectors, mapped[:, 0] / norm.clamp_min(tiny))
+    return (squared.clamp_min(0) / length.clamp_min(tiny)).sqrt(), vectors
+
+
 def _apply_keys(
     matrix_k: Tensor,  # (Hkv, D, d)
     vectors: Tensor,  # (Hq, d)

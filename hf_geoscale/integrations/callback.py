@@ -176,3 +176,5 @@ class GeoScaleCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._refresh(model)
+        if self.layers:
+            self.layers[0].group.settle(self.layers)  # no later refresh will look for NaN

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config import GeoScaleConfig
-from ..errors import NonFiniteWeightsError, UnsupportedModelError
-from ..geometry import LayerGeometry, alpha_min, measure_layer
+from ..errors import UnsupportedModelError
+from ..geometry import LayerGeometry, LayerMaps, alpha_min
 from ..kernels import AttentionStatistics
 from ..scaling import E4M3, CallOperands, QuantScales, strategy_of
 from .families import AttentionSite
+from .refresh import HostValues, RefreshGroup
 from .sharding import (
     can_be_read,
     follow_shards,
@@ -21,6 +22,7 @@ from .sharding import (
     refuse_parallelism,
     refuse_unreadable,
 )
+from .utilisation import Utilisation, add_together
 
 DEFAULT_LENGTH = 4096
 """Tokens assumed by the rank-aware bound where neither the config nor the model states a maximum (a guess)."""
@@ -90,19 +92,20 @@ class GeoScaleLayer(PatchedLayer):
         self.scaling = strategy_of(config, alpha)
         self.geometry: LayerGeometry | None = None
         self.weights_version: tuple | None = None  # None: stale
-        self.weight_amax = self.weight_epsilon = 0.0  # of the measured weights, where headroom leaves room for drift
-        self.sigma_drift = torch.zeros(())  # largest relative change of sigma_lower at the last refresh
+        self.group = RefreshGroup()
+        self.sigma_before: Tensor | None = None  # (Hq,) sigma_lower before the last refresh
         self.statistics = AttentionStatistics(config.observe_logits)
+        self.utilisation = Utilisation()
         self.observed: dict[str, Tensor] = {}  # operand → (H,), largest magnitude in real units since the last refresh
-        self.interval_utilisation: Tensor | None = None  # () since the last `drain_utilisation`
-        self.peak_utilisation: Tensor | None = None  # () since patching
-        self.peak_logit_utilisation: Tensor | None = None  # () of quantised logits, since patching
+        self._measured: tuple[HostValues, int] | None = (
+            None  # numbers of the last refresh, and this layer's place in them
+        )
 
-    def measure(self) -> tuple[LayerGeometry, tuple]:
-        """Geometry of today's weights and their version; changes nothing.
+    def read(self) -> tuple[LayerMaps, tuple]:
+        """What today's weights compute, and their version; changes nothing.
 
         Raises:
-            UnsupportedModelError: weights that cannot be read; NonFiniteWeightsError is left to `check_finite`.
+            UnsupportedModelError: weights that cannot be read.
         """
         refuse_parallelism()
         if self.site.stream is not None and fsdp_units(self.enclosing):
@@ -112,31 +115,13 @@ class GeoScaleLayer(PatchedLayer):
             )
         refuse_unreadable(self.site.weight_modules(), self.name, self.enclosing)
         version = self.site.version()
-        device = next(p for module in self.site.weight_modules() for p in module.parameters()).device
         vectors = None if self.geometry is None else self.geometry.vectors
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            geometry = measure_layer(
-                *self.site.projections(),
-                self.site.softmax_scale,
-                vectors=vectors,
-                headroom=self.config.headroom,
-                interaction=self.scaling.needs_interaction,
-            )
-        return geometry, version
+        return LayerMaps(*self.site.projections(), self.site.softmax_scale, vectors), version
 
-    def install(self, geometry: LayerGeometry, version: tuple) -> None:
-        """Use this geometry's scales from now on; maxima observed under the old weights are dropped."""
-        self.collect()
-        self.observed, self.statistics.logit_amax = {}, None
-        if self.geometry is not None:
-            old = self.geometry.sigma_lower.to(geometry.sigma_lower.device)
-            self.sigma_drift = (geometry.sigma_lower / old.clamp_min(torch.finfo(old.dtype).tiny) - 1).abs().amax()
-        self.scaling.refresh(geometry)
-        self.geometry, self.weights_version = geometry, version
-        if self.config.headroom > 1:
-            weights = [p.detach() for p in self.site.parameters()]
-            self.weight_amax = max((float(w.abs().amax()) for w in weights), default=0.0)
-            self.weight_epsilon = max((torch.finfo(w.dtype).eps for w in weights), default=0.0)
+    def use(self, geometry: LayerGeometry, version: tuple, values: HostValues, place: int) -> None:
+        """Take this geometry; the scales follow."""
+        self.sigma_before = None if self.geometry is None else self.geometry.sigma_lower
+        self.geometry, self.weights_version, self._measured = geometry, version, (values, place)
 
     @property
     def measurable(self) -> bool:
@@ -171,9 +156,7 @@ class GeoScaleLayer(PatchedLayer):
         """Measure and install again if the weights changed since they were measured or accepted."""
         self.follow_sharding()
         if self.geometry is None or self.weights_version != self.site.version():
-            geometry, version = self.measure()
-            check_finite([(self, geometry)])
-            self.install(geometry, version)
+            self.group.refresh_with_others(self)
 
     def accept_drift(self) -> None:
         """Take today's weights as covered by the scales in use: for whoever has bounded their drift by the headroom."""
@@ -193,30 +176,68 @@ class GeoScaleLayer(PatchedLayer):
         amax = {name: used * (E4M3.max / getattr(scales, name)) for name, used in self.statistics.latest.items()}
         self.scaling.observe(amax)
 
+    def _number(self, row: int) -> float:
+        """One of `Measurement`'s numbers for this layer, of the last refresh; 0 without headroom."""
+        if self._measured is None or self.config.headroom == 1:
+            return 0.0
+        numbers, (_, place) = self._measured[0].read()[1:], self._measured
+        return numbers[row * (len(numbers) // 2) + place]
+
     @property
     def max_weight_drift(self) -> float:
         """Largest movement of any weight that the scales in use still cover; see `weight_drift_budget`."""
-        return 0.0 if self.geometry is None else self.geometry.max_weight_drift
+        return self._number(0)
+
+    @property
+    def weight_amax(self) -> float:
+        """Largest magnitude among the measured weights, where headroom leaves room for drift."""
+        return self._number(1)
+
+    @property
+    def weight_epsilon(self) -> float:
+        """Spacing at 1 of the coarsest of the weights' dtypes."""
+        return max((torch.finfo(p.dtype).eps for p in self.site.parameters()), default=0.0)
+
+    @property
+    def sigma_drift(self) -> Tensor:
+        """Largest relative change of `sigma_lower` at the last refresh: ()."""
+        if self.geometry is None or self.sigma_before is None:
+            return torch.zeros(())
+        old = self.sigma_before.to(self.geometry.sigma_lower.device)
+        return (self.geometry.sigma_lower / old.clamp_min(torch.finfo(old.dtype).tiny) - 1).abs().amax()
 
     def collect(self) -> None:
         """Move what the calls saw out of the op's statistics; waits for no device."""
-        for name, share in self.statistics.range_used.items():
-            used = share * (self.config.headroom if self.config.scaling == "geometry" else 1.0)
-            if name == "logit":
-                self.peak_logit_utilisation = _largest(used.amax(), self.peak_logit_utilisation)
-                continue
-            if self.config.scaling == "geometry" and self.geometry is not None:
-                bound = getattr(self.geometry, f"{name}_bound").to(used.device, torch.float32)
-                self.observed[name] = _largest(used * bound, self.observed.get(name))
-            self.interval_utilisation = _largest(used.amax(), self.interval_utilisation)
-            self.peak_utilisation = _largest(used.amax(), self.peak_utilisation)
+        if self.config.scaling == "geometry" and self.geometry is not None:
+            for name, used in self.statistics.range_used.items():
+                if name != "logit":
+                    bound = getattr(self.geometry, f"{name}_bound").to(used.device, torch.float32)
+                    self.observed[name] = _largest(used * self._range * bound, self.observed.get(name))
+        add_together([(self.utilisation.interval, self.statistics.range_used)])
         self.statistics.range_used = {}
+
+    @property
+    def _range(self) -> float:
+        """The certificate in units of the range."""
+        return self.config.headroom if self.config.scaling == "geometry" else 1.0
 
     def drain_utilisation(self) -> float | None:
         """Worst utilisation (largest entry / certificate, or / largest number) since the last call; None without a forward."""
         self.collect()
-        used, self.interval_utilisation = self.interval_utilisation, None
-        return None if used is None else float(used)
+        used = self.utilisation.drain()
+        return None if used is None else float(used) * self._range
+
+    @property
+    def peak_utilisation(self) -> float | None:
+        """Worst utilisation of q, k and v since patching; None without a forward."""
+        used = self.utilisation.peak("q", "k", "v")
+        return None if used is None else float(used) * self._range
+
+    @property
+    def peak_logit_utilisation(self) -> float | None:
+        """The same of quantised logits."""
+        used = self.utilisation.peak("logit")
+        return None if used is None else float(used) * self._range
 
     def describe(self) -> str:
         if self.geometry is None:
@@ -237,17 +258,3 @@ class GeoScaleLayer(PatchedLayer):
 
 def _largest(new: Tensor, old: Tensor | None) -> Tensor:
     return new if old is None else torch.maximum(new, old.to(new.device))
-
-
-def check_finite(measured: list[tuple[GeoScaleLayer, LayerGeometry]]) -> None:
-    """Raise NonFiniteWeightsError, naming the layer and operand, unless every certificate is finite."""
-    bounds = [torch.cat([g.q_bound, g.k_bound, g.v_bound]) for _, g in measured]
-    if not bounds or bool(torch.isfinite(torch.cat([b.to(bounds[0].device) for b in bounds])).all()):
-        return
-    for layer, geometry in measured:
-        for name in ("q", "k", "v"):
-            if not bool(torch.isfinite(getattr(geometry, f"{name}_bound")).all()):
-                raise NonFiniteWeightsError(
-                    f"the weights that make {name} in layer {layer.site.layer} hold NaN or Inf, so they have no certificate; "
-                    "the scales were left as they were. Reload a checkpoint, or look for the step that diverged"
-                )

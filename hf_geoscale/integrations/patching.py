@@ -13,14 +13,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from ..config import GeoScaleConfig
 from ..errors import UnsupportedModelError
-from ..geometry import LayerGeometry
 from ..scaling import DelayedScaling
 from . import front_end
 from .attention import geoscale_attention_forward
 from .families import attention_sites
 from .front_end import NAME
-from .layer import GeoScaleLayer, PatchedLayer, check_finite, model_alpha_min
+from .layer import GeoScaleLayer, PatchedLayer, model_alpha_min
 from .masks import geoscale_mask
+from .refresh import Measurement, RefreshGroup
 from .residual import refuse_embeddings
 from .sharding import enclosing_modules, refuse_parallelism
 
@@ -50,13 +50,6 @@ def geoscale_layers(model: nn.Module) -> list[GeoScaleLayer]:
     return [layer for layer in patched_layers(model) if isinstance(layer, GeoScaleLayer)]
 
 
-def _measure_all(layers: list[GeoScaleLayer]) -> list[tuple[GeoScaleLayer, LayerGeometry, tuple]]:
-    """Fresh geometry of every layer whose weights can be read now, all finite, nothing installed yet."""
-    measured = [(layer, *layer.measure()) for layer in layers if layer.measurable]
-    check_finite([(layer, geometry) for layer, geometry, _ in measured])
-    return measured
-
-
 def _replaced_forward(attention: nn.Module) -> str | None:
     """The Python module whose function replaced an attention's forward and calls no attention interface; None if none did.
 
@@ -84,16 +77,6 @@ def _warn_of_replaced_forwards(layers: list[GeoScaleLayer]) -> None:
             len(names),
             len(layers),
         )
-
-
-def _install_all(layers: list[GeoScaleLayer], measured: list[tuple[GeoScaleLayer, LayerGeometry, tuple]]) -> None:
-    """Use these geometries; layers without one measure in their next forward."""
-    found = {id(layer): (geometry, version) for layer, geometry, version in measured}
-    for layer in layers:
-        if id(layer) in found:
-            layer.install(*found[id(layer)])
-        else:
-            layer.mark_stale()
 
 
 def _count_unsupported(model: PreTrainedModel, config: GeoScaleConfig, error: UnsupportedModelError) -> None:
@@ -171,11 +154,13 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
         refuse_parallelism(model)
         around = enclosing_modules(model)
         layers = [GeoScaleLayer(site, config, alpha, around[site.attention]) for site in sites]
-        measured = _measure_all(layers)
+        readable = [layer for layer in layers if layer.measurable]
+        measurement = Measurement(readable) if readable else None
+        if measurement is not None:
+            measurement.check()
     except UnsupportedModelError as error:
-        if (
-            config.fallback != "sdpa" or config.span_scaling is not None
-        ):  # left alone, its gradients would not be scaled
+        # with span scaling, attention that is left alone would go without it
+        if config.fallback != "sdpa" or config.span_scaling is not None:
             raise
         unpatch_model(model)
         _count_unsupported(model, config, error)
@@ -184,7 +169,12 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
     original = model.config._attn_implementation
     if original == NAME:  # the name alone, copied from a patched model's config, as TRL does for its reference model
         original = "sdpa"
-    _install_all(layers, measured)
+    if measurement is not None:
+        measurement.install()
+    for layer in layers:
+        if layer.geometry is None:
+            layer.mark_stale()
+    RefreshGroup().join(layers)
     own_config(outer, model)
     for layer in layers:
         _attach(layer.site.attention, layer, original)
@@ -218,22 +208,30 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def refresh_scales(model: nn.Module) -> None:
+def refresh_scales(model: nn.Module, wait: bool = False) -> None:
     """Recompute every scale from the current weights, all layers or none.
 
-    A forward that finds its layer's weights changed does this for that layer by itself; call it after writes that torch
-    cannot see (through `param.data`), or to pay the cost outside the forward. Layers that FSDP2 shards are marked, and
-    measured in their next forward: no collective runs here, but every process must call it.
+    A forward that finds its layer's weights changed does this by itself, for all layers that changed; call it after writes
+    that torch cannot see (through `param.data`), or to pay the cost outside the forward. Layers that FSDP2 shards are marked,
+    and measured in their next forward: no collective runs here, but every process must call it.
 
+    Args:
+        wait: look for NaN and Inf before returning. Without it, weights on a GPU are looked at by the next refresh, so that
+            the host need not wait for the device.
     Raises:
         ValueError: the model is not patched.
         UnsupportedModelError: weights whose geometry cannot be read any more (an adapter was added, say).
-        NonFiniteWeightsError: NaN or Inf in the weights; the old scales stay.
+        NonFiniteWeightsError: NaN or Inf in the weights, or, on a GPU, in those of the last refresh; the old scales stay.
     """
-    if not patched_layers(model):
+    if not (patched := patched_layers(model)):
         raise ValueError("refresh_scales needs a patched model: call patch_model(model) first")
-    layers = geoscale_layers(model)
-    _install_all(layers, _measure_all(layers))
+    layers = [layer for layer in patched if isinstance(layer, GeoScaleLayer)]
+    readable = [layer for layer in layers if layer.measurable]
+    if readable:
+        readable[0].group.refresh(readable, wait)
+    for layer in layers:
+        if layer not in readable:
+            layer.mark_stale()
 
 
 def scaling_state_dict(model: nn.Module) -> list[dict]:

@@ -87,6 +87,7 @@ def _measured(layer: GeoScaleLayer, model: Any, layers: int) -> dict:
     """The part of a row that only a layer running in FP8 has."""
     row: dict = {}
     worst_case = None
+    layer.group.settle([layer])
     if layer.measurable:
         layer.refresh_if_stale()
         query, key, _ = layer.site.projections()
@@ -103,9 +104,7 @@ def _measured(layer: GeoScaleLayer, model: Any, layers: int) -> dict:
             row["alpha_observed"] = float((amax.to(worst_case.device) / worst_case).amax())
     for name, amax in layer.observed.items():
         row[f"{name}_amax"] = amax.double().tolist()
-    row["utilisation"] = None if layer.peak_utilisation is None else float(layer.peak_utilisation)
-    logits = layer.peak_logit_utilisation
-    row["logit_utilisation"] = None if logits is None else float(logits)
+    row["utilisation"], row["logit_utilisation"] = layer.peak_utilisation, layer.peak_logit_utilisation
     row["overflows_by_operand"] = layer.statistics.overflows_by_operand
     row["overflows"] = sum(row["overflows_by_operand"].values())
     return row

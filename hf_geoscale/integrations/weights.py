@@ -128,10 +128,14 @@ def effective_weight(
     plain = _plain_weight(base, where)
     if tuple(plain.weight.shape) != shape:
         raise UnsupportedModelError(f"{where} must have a weight of shape {shape}, got {tuple(plain.weight.shape)}")
+    if module is base and type(module) in (nn.Linear, Conv1D) and type(module.weight) is nn.Parameter:
+        return plain  # neither adapters nor casts
     swap = type(base) is Conv1D
     rows = plain.transposed if swap else plain
     token = TokenBound.of_norm(gain, shift, rows.weight.shape[1], rows.weight.device)
-    rows = rows._replace(excess=_cast_excess(base, rows.weight, token, where))
+    # What is dequantised to BF16 may run unrounded; only a float32 weight is measured with room for a cast of its own.
+    weight = rows.weight.detach().to(torch.promote_types(rows.weight.dtype, torch.float32))
+    rows = rows._replace(weight=weight, excess=_cast_excess(base, rows.weight, token, where))
     if is_adapter(module):
         rows = with_adapters(module, rows, where, token)
     return rows.transposed if swap else rows

@@ -4,7 +4,7 @@ from ..config import GeoScaleConfig
 from .current import CurrentScaling
 from .delayed import DelayedScaling
 from .formats import E4M3, E5M2, FP8Format, count_overflow, saturating_cast, sqnr_db
-from .geometry import GeometryScaling
+from .geometry import GeometryScaling, refresh_together
 from .strategy import CallOperands, QuantScales, ScalingStrategy
 
 
@@ -28,6 +28,7 @@ __all__ = [
     "QuantScales",
     "ScalingStrategy",
     "count_overflow",
+    "refresh_together",
     "saturating_cast",
     "sqnr_db",
     "strategy_of",

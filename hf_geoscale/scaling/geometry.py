@@ -1,5 +1,6 @@
 """Geometry scaling: scales read off the weights; no activation reaches a scale of q, k or v."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ from ..config import AutoAlpha
 from ..geometry import LayerGeometry
 from .current import ROUND_OFF
 from .formats import E4M3
-from .strategy import CallOperands, QuantScales
+from .strategy import CallOperands, QuantScales, ScalingStrategy
 
 SMALLEST_BOUND = 2.0**-60
 """Floor of a certificate, so that all-zero weights give a finite quant_scale (any value below 2⁻⁶⁰ quantises to 0 anyway)."""
@@ -59,8 +60,10 @@ class GeometryScaling:
         self._end_burn_in()
         logit = None
         if self.quantize_logits:
-            logit = self._quant_scale(self._logit_bound(geometry))
-        q, k, v = map(self._quant_scale, (geometry.q_bound, geometry.k_bound, geometry.v_bound))
+            logit = _quant_scale(self._logit_bound(geometry), self.headroom)
+        q, k, v = (
+            _quant_scale(bound, self.headroom) for bound in (geometry.q_bound, geometry.k_bound, geometry.v_bound)
+        )
         self.scales = QuantScales(q, k, v, logit)
 
     def quant_scales(self, call: CallOperands) -> QuantScales:
@@ -82,8 +85,9 @@ class GeometryScaling:
             worst_case = self._worst_case(self._geometry).to(amax["logit"].device)
             self._observed.append((amax["logit"].double() / worst_case).amax())
 
-    def _quant_scale(self, bound: Tensor) -> Tensor:
-        return (E4M3.max / (self.headroom * bound).clamp_min(SMALLEST_BOUND)).float()
+    def use(self, geometry: LayerGeometry, scales: QuantScales) -> None:
+        """`refresh`, with the scales of q, k and v that it would compute. Not for quantised logits."""
+        self._geometry, self.scales = geometry, scales
 
     def _logit_bound(self, geometry: LayerGeometry) -> Tensor:
         if self.bound == "certified":
@@ -106,3 +110,23 @@ class GeometryScaling:
         alpha = self.auto_alpha.margin * torch.quantile(seen, self.auto_alpha.quantile)
         self.alpha, self._burned_in = alpha.clamp(self.auto_alpha.floor, 1.0), True
         return True
+
+
+def _quant_scale(bound: Tensor, headroom: float) -> Tensor:
+    return (E4M3.max / (headroom * bound).clamp_min(SMALLEST_BOUND)).float()
+
+
+def refresh_together(strategies: Sequence[ScalingStrategy], geometries: Sequence[LayerGeometry]) -> None:
+    """`refresh` of each strategy, in a few operations for all that scale q, k and v by geometry alone."""
+    together: dict[tuple, list[tuple[GeometryScaling, LayerGeometry]]] = {}
+    for strategy, geometry in zip(strategies, geometries, strict=True):
+        if isinstance(strategy, GeometryScaling) and not strategy.quantize_logits:
+            key = (geometry.q_bound.device, strategy.headroom)
+            together.setdefault(key, []).append((strategy, geometry))
+        else:
+            strategy.refresh(geometry)
+    for (_, headroom), members in together.items():
+        bounds = [b for _, geometry in members for b in (geometry.q_bound, geometry.k_bound, geometry.v_bound)]
+        scales = _quant_scale(torch.cat(bounds), headroom).split([len(b) for b in bounds])
+        for index, (strategy, geometry) in enumerate(members):
+            strategy.use(geometry, QuantScales(*scales[3 * index : 3 * index + 3]))

@@ -61,7 +61,7 @@ def scales_of(model: nn.Module) -> list[torch.Tensor]:
 @contextmanager
 def counting_measurements():
     """Layers measured, by number, and the most layers found whole at a measurement of a sharded one."""
-    seen, original = Counter(), GeoScaleLayer.measure
+    seen, original = Counter(), GeoScaleLayer.read
 
     def spy(self):
         seen[self.site.layer] += 1
@@ -70,11 +70,11 @@ def counting_measurements():
         seen["most whole"] = max(seen["most whole"], whole)
         return original(self)
 
-    GeoScaleLayer.measure = spy
+    GeoScaleLayer.read = spy
     try:
         yield seen
     finally:
-        GeoScaleLayer.measure = original
+        GeoScaleLayer.read = original
 
 
 def mean(loss: torch.Tensor) -> float:

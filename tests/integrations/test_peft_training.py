@@ -63,7 +63,7 @@ class TestStaleness:
 
     def test_an_unchanged_model_is_not_measured_again(self, monkeypatch):
         model, ids = patch_model(adapted("llama", lora_dropout=0.1)), tokens(1, 12)
-        monkeypatch.setattr("hf_geoscale.integrations.layer.measure_layer", None)
+        monkeypatch.setattr("hf_geoscale.integrations.refresh.measure_layers", None)
         model(ids)
         with torch.no_grad():
             model(ids)

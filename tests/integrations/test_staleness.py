@@ -118,7 +118,7 @@ class TestStaleness:
 
     def test_an_unchanged_model_is_not_measured_again(self, monkeypatch):
         model, ids = patch_model(tiny_model("llama")), tokens(1, 20)
-        monkeypatch.setattr("hf_geoscale.integrations.layer.measure_layer", None)
+        monkeypatch.setattr("hf_geoscale.integrations.refresh.measure_layers", None)
         model(ids)
 
     def test_writes_through_data_need_refresh_scales(self):

@@ -1,0 +1,173 @@
+"""The geometry of many layers at once: weights are read once each, everything after their Gram matrices is one chain for all.
+
+`Arithmetic` says how: "float64" as in `spectral`, or "tensor cores" as in `tensor_cores`, a few per cent looser, proven as well.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .certificates import ROUNDING_MARGIN, UNIT_ROUNDOFF, Projection
+from .spectral import ROUNDING_ALLOWANCE, gram, sigma_upper
+from .tensor_cores import (
+    BF16_ROUNDOFF,
+    SLACK,
+    UNDERFLOW,
+    half_trace_power_bound,
+    partition,
+    products,
+    scaled_rows,
+    sum_error,
+)
+
+Arithmetic = Literal["float64", "tensor cores"]
+
+LARGE_LAYER = 2**20
+"""Entries of the weights of a layer from which a GPU reads them in BF16; below, float64 costs nothing (a guess)."""
+
+WORKSPACE = 2**25
+"""Entries of BF16 weights scaled by their gains held at a time, 64 MiB: about an H100's second-level cache, 50 MiB (a guess)."""
+
+
+def arithmetic_of(layer: Sequence[Projection]) -> Arithmetic:
+    """How a layer of these maps is measured: on tensor cores where its weights are large and on a GPU."""
+    plain = [p.weight for p in layer if p.weight.dtype != torch.float64]
+    large = sum(w.numel() for w in plain) >= LARGE_LAYER and all(w.is_cuda for w in plain)
+    return "tensor cores" if large else "float64"
+
+
+@dataclass(frozen=True)
+class MapBounds:
+    """Of maps stacked along their heads, N in all. G and what is read off it leave out `factor` where it is not 1."""
+
+    grams: Tensor  # (N, D, D) G = A Aᵀ / factor², float64 or float32
+    bound: Tensor  # (N,) float64 certificate of `certificates.norm_bound`
+    offsets: list[Tensor | None]  # of each map c / factor (H, D) float64, None for 0
+    factors: list[float]  # of each map
+
+
+def measure_maps(maps: Sequence[Projection], arithmetic: Arithmetic) -> MapBounds:
+    """Gram matrices and certificates of maps with one head dimension on one device, in their order."""
+    heads = tuple(p.weight.shape[0] for p in maps)
+    device = maps[0].weight.device
+    if arithmetic == "float64":
+        grams, factors = torch.cat([gram(p.matrix()) for p in maps]), [1.0] * len(maps)
+        sigma = sigma_upper(grams)
+        frobenius = _trace(grams).sqrt() * (1 + ROUNDING_ALLOWANCE)
+    else:
+        grams, factors = _float32_grams(maps, heads), [p.rotary_factor for p in maps]
+        allowance = _per_head([SLACK * sum_error(p.weight.shape[-1]) for p in maps], heads, device)
+        trace = _trace(grams)
+        sigma = (half_trace_power_bound(grams) + allowance * trace).sqrt() + UNDERFLOW
+        frobenius = (trace * (1 + allowance)).sqrt()
+    reach = _per_head([f * math.sqrt(p.weight.shape[-1]) for f, p in zip(factors, maps, strict=True)], heads, device)
+    rounding = _per_head([_rounding(p, arithmetic) for p in maps], heads, device)
+    bound = reach * (sigma + rounding * frobenius)
+    offsets, shifted = _offsets(maps, heads)
+    if shifted is not None:
+        bound = bound + shifted
+    own = [None if c is None else c / f if f != 1 else c for c, f in zip(offsets, factors, strict=True)]
+    return MapBounds(grams, bound * (1 + ROUNDING_MARGIN), own, factors)
+
+
+def _rounding(projection: Projection, arithmetic: Arithmetic) -> float:
+    """What ‖A‖_F is multiplied by: the cast of W to BF16 when the model runs, and of A when its Gram matrix was taken.
+
+    A weight stored in BF16 is cast in neither case but the second, and one in float64 only in the first.
+    """
+    if arithmetic == "float64" or projection.weight.dtype == torch.float64:
+        return UNIT_ROUNDOFF
+    return SLACK * BF16_ROUNDOFF * (1 if projection.weight.dtype == torch.bfloat16 else 2)
+
+
+def _trace(grams: Tensor) -> Tensor:
+    return grams.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
+
+
+def _float32_grams(maps: Sequence[Projection], heads: tuple[int, ...]) -> Tensor:
+    """Ĝ of every head, (N, D, D) float32, `WORKSPACE` entries of the weights at a time."""
+    dim, device = maps[0].weight.shape[1], maps[0].weight.device
+    grams = torch.empty(sum(heads), dim, dim, dtype=torch.float32, device=device)
+    start = 0
+    for width, run in groupby(maps, key=lambda p: 0 if p.weight.dtype == torch.float64 else p.weight.shape[-1]):
+        for batch in [[p] for p in run] if width == 0 else _batches(list(run), WORKSPACE):
+            stop = start + sum(p.weight.shape[0] for p in batch)
+            if width == 0:  # small or read by dequantising: q/k norms, adapters
+                (p,) = batch
+                weight = p.weight.detach() if p.norm_gain is None else p.weight.detach() * p.norm_gain.detach().double()
+                grams[start:stop] = gram(weight)
+            else:
+                _scaled_grams(batch, grams[start:stop])
+            start = stop
+    return grams
+
+
+def _batches(maps: list[Projection], entries: int) -> list[list[Projection]]:
+    """Runs of maps with at most so many entries together, at least one map each."""
+    batches: list[list[Projection]] = []
+    held = 0
+    for p in maps:
+        if not batches or held + p.weight.numel() > entries:
+            batches.append([])
+            held = 0
+        batches[-1].append(p)
+        held += p.weight.numel()
+    return batches
+
+
+def _scaled_grams(
+    maps: list[Projection],
+    out: Tensor,  # (N, D, D) float32
+) -> None:
+    heads, (dim, width) = out.shape[0], maps[0].weight.shape[1:]
+    parts, length = partition(width)
+    rows = torch.empty(heads, parts, dim, length, dtype=torch.bfloat16, device=out.device)
+    start = 0
+    for p in maps:
+        scaled_rows(p.weight, p.norm_gain, rows[start : start + p.weight.shape[0]])
+        start += p.weight.shape[0]
+    torch.sum(products(rows.flatten(0, 1)).view(heads, parts, dim, dim), 1, out=out)
+
+
+def _offsets(maps: Sequence[Projection], heads: tuple[int, ...]) -> tuple[list[Tensor | None], Tensor | None]:
+    """c of each map, and what ‖c‖, its rounding and the excess add to the certificates: (N,) float64, None for nothing."""
+    offsets: list[Tensor | None] = [None] * len(maps)
+    biased = [i for i, p in enumerate(maps) if p.bias is not None and p.norm_shift is None]
+    shifts: dict[int, Tensor] = {}
+    if biased:  # all at once: ‖rounding‖ = 2·unit roundoff·‖b‖
+        counts = [heads[i] for i in biased]
+        bias = torch.cat([maps[i].bias.detach() for i in biased]).double()  # type: ignore[union-attr]
+        factor = _per_head([maps[i].rotary_factor for i in biased], tuple(counts), bias.device)
+        bias = bias * (factor[:, None] if isinstance(factor, Tensor) else factor)
+        norms = (bias.norm(dim=-1) * (1 + 2 * UNIT_ROUNDOFF)).split(counts)
+        for i, c, norm in zip(biased, bias.split(counts), norms, strict=True):
+            offsets[i], shifts[i] = c, norm
+    for i, p in enumerate(maps):
+        if p.norm_shift is not None:
+            offsets[i] = c = p.offset()
+            shifts[i] = c.norm(dim=-1) + p.offset_rounding().norm(dim=-1)
+        if p.excess is not None:
+            deviation = p.deviation().norm(dim=-1)
+            shifts[i] = shifts[i] + deviation if i in shifts else deviation
+    if not shifts:
+        return offsets, None
+    zeros = next(iter(shifts.values())).new_zeros(max(heads))
+    return offsets, torch.cat([shifts.get(i, zeros[:h]) for i, h in enumerate(heads)])
+
+
+def _per_head(values: Sequence[float], heads: tuple[int, ...], device: torch.device) -> Tensor | float:
+    """One value a map, as one a head: a float where all are equal, else (N,) float64 that stays on the device."""
+    return values[0] if len(set(values)) == 1 else _constants(tuple(values), heads, device)
+
+
+@lru_cache(maxsize=64)
+def _constants(values: tuple[float, ...], heads: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        repeated = [value for value, count in zip(values, heads, strict=True) for _ in range(count)]
+        return torch.tensor(repeated, dtype=torch.float64).to(device)

@@ -1,0 +1,232 @@
+"""Refreshing the scales of many layers at once. The host never waits for a GPU, except the first time."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteWeightsError, UnsupportedModelError
+from ..geometry import LayerGeometry, LayerMaps, measure_layers
+from ..scaling import refresh_together
+from .utilisation import add_together
+
+if TYPE_CHECKING:
+    from .layer import GeoScaleLayer
+
+FRESH_BYTES = 2**28
+"""Bytes of weights that exist only to be measured (dequantised, with adapters) held at a time."""
+
+
+class HostValues:
+    """Numbers on their way from a device; `read` waits for them alone, not for what was queued after them."""
+
+    def __init__(self, values: Tensor):
+        self._values, self._event = values, None
+        self._numbers: list[float] | None = None
+        if values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(values.device))
+
+    def __reduce__(self) -> tuple:
+        self.read()
+        return HostValues, (self._values.clone(),)
+
+    @property
+    def here(self) -> bool:
+        """Whether reading needs no waiting, whatever the device does."""
+        return self._event is None
+
+    def read(self) -> list[float]:
+        if self._numbers is None:
+            if self._event is not None:
+                self._event.synchronize()
+            self._numbers = self._values.tolist()
+        return self._numbers
+
+
+@contextmanager
+def _exact_arithmetic(layers: Sequence["GeoScaleLayer"]) -> Iterator[None]:
+    """No gradients, no inference tensors, no autocast."""
+    devices = {p.device.type for layer in layers for module in layer.site.weight_modules() for p in module.parameters()}
+    devices.discard("meta")  # refused while reading
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+class Measurement:
+    """Geometry of today's weights of some layers of one model; changes nothing before `install`.
+
+    Raises:
+        UnsupportedModelError: weights that cannot be read. NaN and Inf are left to `check`.
+    """
+
+    def __init__(self, layers: Sequence["GeoScaleLayer"]):
+        self.layers = list(layers)
+        self.versions: list[tuple] = []
+        self.geometries: list[LayerGeometry] = []
+        self.installed = False
+        with _exact_arithmetic(self.layers):
+            batch: list[LayerMaps] = []
+            fresh = 0
+            for layer in self.layers:
+                maps, version = layer.read()
+                self.versions.append(version)
+                batch.append(maps)
+                fresh += _fresh_bytes(layer, maps)
+                if fresh > FRESH_BYTES:
+                    self._measure(batch)
+                    batch, fresh = [], 0
+            del maps
+            self._measure(batch)
+            self._values = HostValues(self._summary())
+
+    def _measure(self, batch: list[LayerMaps]) -> None:
+        """Measure these layers and forget their weights."""
+        first = self.layers[0]
+        self.geometries += measure_layers(batch, first.config.headroom, first.scaling.needs_interaction)
+
+    def _summary(self) -> Tensor:
+        """[all finite, budgets of weight drift, largest weights], the latter two by layer and with headroom only."""
+        bounds = [b for g in self.geometries for b in (g.q_bound, g.k_bound, g.v_bound)]
+        device = bounds[0].device
+        parts = [torch.isfinite(_cat(bounds, device)).all().double()[None]]
+        if self.layers[0].config.headroom > 1:
+            parts.append(_cat([g.weight_drift[None] for g in self.geometries if g.weight_drift is not None], device))
+            parts.append(_cat([_weight_amax(layer) for layer in self.layers], device))
+        return torch.cat(parts)
+
+    @property
+    def known(self) -> bool:
+        """Whether `check` needs no waiting, or may not be put off: nothing is there to go on with."""
+        return self._values.here or any(layer.geometry is None for layer in self.layers)
+
+    def install(self) -> None:
+        """Use this geometry's scales from now on; maxima observed under the old weights are dropped."""
+        add_together([(layer.utilisation.interval, layer.statistics.range_used) for layer in self.layers])
+        self._before = [(layer.geometry, layer.weights_version) for layer in self.layers]
+        for index, (layer, geometry, version) in enumerate(
+            zip(self.layers, self.geometries, self.versions, strict=True)
+        ):
+            layer.statistics.range_used, layer.statistics.logit_amax, layer.observed = {}, None, {}
+            layer.use(geometry, version, self._values, index)
+        refresh_together([layer.scaling for layer in self.layers], self.geometries)
+        self.installed = True
+
+    def check(self) -> None:
+        """Raise NonFiniteWeightsError, naming the layer and operand, unless every certificate is finite; undoes `install`."""
+        if self._values.read()[0]:
+            return
+        if self.installed:
+            self._undo()
+        for layer, geometry in zip(self.layers, self.geometries, strict=True):
+            for name in ("q", "k", "v"):
+                if not bool(torch.isfinite(getattr(geometry, f"{name}_bound")).all()):
+                    raise NonFiniteWeightsError(
+                        f"the weights that make {name} in layer {layer.site.layer} hold NaN or Inf, so they have no certificate; "
+                        "the scales were left as they were. Reload a checkpoint, or look for the step that diverged"
+                    )
+
+    def _undo(self) -> None:
+        for layer, (geometry, version) in zip(self.layers, self._before, strict=True):
+            if geometry is not None:
+                layer.geometry, layer.weights_version = geometry, version
+                layer.scaling.refresh(geometry)
+
+
+def _cat(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.cat([part.to(device, non_blocking=True) for part in parts])
+
+
+def _weight_amax(layer: "GeoScaleLayer") -> Tensor:
+    """Largest magnitude of the parameters behind a layer's certificates: (1,) float64."""
+    found = [torch.linalg.vector_norm(p.detach(), float("inf")) for p in layer.site.parameters() if p.numel()]
+    if not found:
+        return torch.zeros(1, dtype=torch.float64)
+    return torch.stack([x.to(found[0].device, torch.float64) for x in found]).amax()[None]
+
+
+def _fresh_bytes(layer: "GeoScaleLayer", maps: LayerMaps) -> int:
+    """Bytes of the weights that are no part of a parameter."""
+    stored = {p.untyped_storage().data_ptr() for p in layer.site.parameters()}
+    storages = [projection.weight.untyped_storage() for projection in maps.projections]
+    return sum(s.nbytes() for s in storages if s.data_ptr() not in stored)
+
+
+class RefreshGroup:
+    """The layers of one model, which are refreshed together, and the measurements whose check is still to come.
+
+    A copy of it, as of a copied or unpickled model, has no layers; they join again when they are refreshed.
+    """
+
+    def __init__(self) -> None:
+        self._layers: WeakKeyDictionary[GeoScaleLayer, None] = WeakKeyDictionary()
+        self._pending: list[Measurement] = []
+
+    def __reduce__(self) -> tuple:
+        return RefreshGroup, ()
+
+    def join(self, layers: Sequence["GeoScaleLayer"]) -> None:
+        """Make these layers members, and nothing else their group."""
+        for layer in layers:
+            layer.group = self
+            self._layers[layer] = None
+
+    def refresh(self, layers: Sequence["GeoScaleLayer"], wait: bool = False) -> None:
+        """Measure and install, all of these layers or none.
+
+        Args:
+            wait: check for NaN and Inf now. Else, on a GPU, at the next refresh of any of these layers.
+        """
+        self.settle(layers)
+        measurement = Measurement(layers)
+        self.install(measurement, wait)
+
+    def install(self, measurement: Measurement, wait: bool = False) -> None:
+        self.join(measurement.layers)
+        if wait or measurement.known:
+            measurement.check()
+        else:
+            self._pending.append(measurement)
+        measurement.install()
+
+    def settle(self, layers: Sequence["GeoScaleLayer"]) -> None:
+        """Make the checks of these layers' earlier refreshes that were put off.
+
+        Raises:
+            NonFiniteWeightsError: one found NaN or Inf. Layers have the scales of before it.
+        """
+        due = [m for m in self._pending if any(layer in m.layers for layer in layers)]
+        for measurement in due:
+            if measurement in self._pending:
+                self._pending.remove(measurement)
+                try:
+                    measurement.check()
+                except NonFiniteWeightsError:
+                    self._pending.clear()  # made later, of weights no better
+                    raise
+
+    def refresh_with_others(self, layer: "GeoScaleLayer") -> None:
+        """Refresh a layer in its forward, and every other one that the same optimizer step made stale."""
+        others = [] if layer.follows_shards else [x for x in self._layers if x is not layer and _is_stale(x)]
+        try:
+            self.refresh([layer, *others])
+        except UnsupportedModelError:
+            if not others:
+                raise
+            self.refresh([layer])  # another one's weights, which its own forward will refuse
+
+
+def _is_stale(layer: "GeoScaleLayer") -> bool:
+    """Whether a layer was measured before and its weights, readable here, changed. In evaluation mode that takes a checksum."""
+    if layer.geometry is None or layer.follows_shards or not layer.site.attention.training or not layer.measurable:
+        return False
+    return layer.weights_version != layer.site.version()
