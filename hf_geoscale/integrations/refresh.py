@@ -118,7 +118,8 @@ class Measurement:
         ):
             layer.statistics.range_used, layer.statistics.logit_amax, layer.observed = {}, None, {}
             layer.use(geometry, version, self._values, index)
-        refresh_together([layer.scaling for layer in self.layers], self.geometries)
+        with _exact_arithmetic(self.layers):
+            refresh_together([layer.scaling for layer in self.layers], self.geometries)
         self.installed = True
 
     def check(self) -> None:
