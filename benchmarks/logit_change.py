@@ -8,7 +8,7 @@ writes logit_change.md, .png and .jsonl, a line a run as it ends; a second call 
 may cut it off. About six minutes on one H100 80 GB with 16 CPU cores. `--quick`: seconds on a CPU, another and smaller experiment.
 
 Each run trains a 4-layer Llama (width 256, 4 heads of 64; "q/k norm": a Qwen3 of the same size) from scratch on the bytes of the
-English manual that ships with Python, BF16 autocast over float32 weights, 120 steps of 16 × 256 bytes; warm-up over a tenth, then
+English manual that ships with Python, BF16 autocast over float32 weights, 80 steps of 16 × 256 bytes; warm-up over a tenth, then
 linearly to a tenth of the rate. AdamW: the rate is of all parameters. Muon (torch.optim, adjusted to match AdamW's RMS): the rate
 is of the layers' matrices, the rest has AdamW at 3e-3. Weight decay 0.1, no gradient clipping. A probe, a copy under BF16 SDPA,
 looks at held-out text every 10 steps.
@@ -45,7 +45,7 @@ from hf_geoscale.integrations import geoscale_layers
 from hf_geoscale.integrations.families import attention_sites
 from hf_geoscale.integrations.logit_observer import LogitObserver
 
-STEPS, PROBE_EVERY = 120, 10
+STEPS, PROBE_EVERY = 80, 10
 BATCH, LENGTH, HELD_OUT = 16, 256, 16
 SEEDS = (0, 1, 2)
 RATES = {"AdamW": (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), "Muon": (1e-2, 3e-2, 1e-1, 3e-1, 1.0)}
