@@ -39,6 +39,19 @@ FULL = {
     "planted_steps": 240,
     "tuning_checkpoints": (0, 60),
     "cost_steps": 120,
+    "tuning_cost_steps": 120,
+}
+SMALL = FULL | {
+    "shape": {"width": 128, "layers": 6},
+    "length": 128,
+    "steps": 120,
+    "every": 4,
+    "batch": 8,
+    "checkpoints": (0, 60, 120),
+    "ramp": 70,
+    "planted_steps": 140,
+    "tuning_checkpoints": (0,),
+    "tuning_cost_steps": 0,
 }
 QUICK = FULL | {
     "shape": {"width": 64, "layers": 3},
@@ -55,6 +68,7 @@ QUICK = FULL | {
     "planted_every": 1,
     "planted_steps": 26,
     "cost_steps": 3,
+    "tuning_cost_steps": 3,
 }
 LEARNING_RATE = 1e-3
 """Of the small GPT-2: trains it fast and stably."""
@@ -125,7 +139,8 @@ def smollm2_records(folder: str, plan: dict, device: str) -> list[dict]:
             records += series(model, half, held_out[:, : length // 2], every, setting, steps=step, seed=0, **run)
         setting = {"model": name, "step": step, "seed": 0}
         records += settings_of(model, lambda n: held_out[:, :n], plan["lengths"], setting)
-    records.append(callback_cost(model, half, plan["cost_steps"], 4, name, EVERY_N_STEPS))
+    if plan["tuning_cost_steps"]:
+        records.append(callback_cost(model, half, plan["tuning_cost_steps"], 4, name, EVERY_N_STEPS))
     return records
 
 
@@ -139,7 +154,7 @@ def describe(arguments: argparse.Namespace, seconds: float) -> dict:
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     model = f" {Path(arguments.model).name}" if arguments.model else ""
-    said = f"python benchmarks/fragility.py{model}{' --quick' if arguments.quick else ''}"
+    said = f"python benchmarks/fragility.py{model}{' --quick' if arguments.quick else ' --small' if arguments.small else ''}"
     return {"command": said, "device": device, "torch": torch.__version__, "transformers": version("transformers")} | {
         "triton": triton,
         "commit": commit or "unknown",
@@ -157,12 +172,13 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="a smoke test: tiny model, few steps")
+    parser.add_argument("--small", action="store_true", help="what a CPU does in half an hour: no fine-tuning of MODEL")
     parser.add_argument("--render", type=Path, help="make the page from these records instead of measuring")
     arguments = parser.parse_args()
     if arguments.render:
         host, *records = map(json.loads, arguments.render.read_text().splitlines())
     else:
-        plan, started = QUICK if arguments.quick else FULL, time.perf_counter()
+        plan, started = QUICK if arguments.quick else SMALL if arguments.small else FULL, time.perf_counter()
         records = smollm2_records(arguments.model, plan, arguments.device) if arguments.model else []
         records += gpt2_records(plan, arguments.device)
         host = describe(arguments, time.perf_counter() - started)

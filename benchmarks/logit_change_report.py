@@ -72,6 +72,12 @@ def _largest_logit(runs: list[dict]) -> str:
     return f"{max(seen):.3g}" if seen else "–"
 
 
+def _seeds(ours: dict[tuple[str, str], Sweep]) -> str:
+    """How many seeds the cells of one optimizer have."""
+    counts = sorted({len(runs) for sweep in ours.values() for runs in sweep.values()})
+    return " or ".join(map(str, counts))
+
+
 def _tables(optimizer: str, found: dict[tuple[str, str, str], Sweep], entropy: float) -> list[str]:
     """Losses and largest logits over the rates; overflows and clips, added up over a sweep."""
     ours = {name[1:]: sweep for name, sweep in found.items() if name[0] == optimizer}
@@ -80,7 +86,7 @@ def _tables(optimizer: str, found: dict[tuple[str, str, str], Sweep], entropy: f
     lines = [
         f"## {optimizer}",
         "",
-        "Held-out loss at the end, nats a byte, mean ± standard deviation over seeds.",
+        f"Held-out loss at the end, nats a byte, mean ± standard deviation over seeds; {_seeds(ours)} a cell.",
         "",
         f"| attention | method | highest stable rate | {' | '.join(columns)} | FP8 overflows | heads clipped |",
         "|---|---|---|" + "---|" * (len(rates) + 2),

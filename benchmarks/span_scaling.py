@@ -1,6 +1,7 @@
 """Does span scaling, as reconstructed here from the abstract of arXiv 2512.13033, lower the loss of a small GPT-2?
 
     python benchmarks/span_scaling.py --workers 15 --minutes 6 --output docs/span_scaling      # writes .jsonl and .md
+    python benchmarks/span_scaling.py --small --output docs/span_scaling                   # a smaller model, on a CPU
     python benchmarks/span_scaling.py --render docs/span_scaling.jsonl             # prints the page again
     python benchmarks/span_scaling.py --quick                                      # every step, tiny, on a CPU
 
@@ -52,6 +53,7 @@ class Setup:
     seeds: int = 8
 
 
+SMALL = Setup(width=64, heads=2, layers=2, length=128, batch=4, steps=150, held_out=64, seeds=8)
 QUICK = Setup(width=32, heads=2, layers=1, length=48, batch=2, steps=3, held_out=4, seeds=2)
 
 
@@ -194,6 +196,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Setup.steps)
     parser.add_argument("--seeds", type=int, default=Setup.seeds, help="of the comparison")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no further seed after this time")
+    parser.add_argument("--small", action="store_true", help="what a CPU does in half an hour")
     parser.add_argument(
         "--quick", action="store_true", help="a smoke test of a minute on a CPU; its losses mean nothing"
     )
@@ -204,7 +207,9 @@ def main() -> None:
         host, *records = map(json.loads, arguments.render.read_text().splitlines())
         print(to_markdown(host, records))
         return
-    setup = QUICK if arguments.quick else Setup(steps=arguments.steps, seeds=arguments.seeds)
+    setup = Setup(steps=arguments.steps, seeds=arguments.seeds)
+    if arguments.small or arguments.quick:
+        setup = SMALL if arguments.small else QUICK
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.perf_counter()
     records = measure_all(setup, device, arguments.workers, arguments.minutes)
