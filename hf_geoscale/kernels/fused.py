@@ -1,243 +1,16 @@
-"""The fused backend: launches of the Triton kernels, as custom ops that autograd and torch.compile understand."""
+"""The fused backend as custom ops that autograd and torch.compile understand; what they run is in `passes`."""
 
 import math
 from functools import wraps
 from inspect import signature
 
 import torch
-import triton
 from torch import Tensor
 
-from . import hopper, launch
-from .hadamard import SIGNS_MAX, hadamard_block, hadamard_signs
-from .launch import Call
-from .quantize import quantize_kernel, transpose_kernel
-from .quantize_gradient import gradient_range_kernel, quantize_gradient_kernel
-from .reference import GRADIENT_ROWS, PROBABILITY_QUANT_SCALE
-from .tiles import SEQUENCE_PADDING, padded_head_dim
+from . import passes
+from .reference import PROBABILITY_QUANT_SCALE
 
-QUANTIZE_ROWS = 64
-"""Rows of one program of the quantising kernels; divides SEQUENCE_PADDING and GRADIENT_ROWS."""
-
-
-def _padded(length: int) -> int:
-    return (length + SEQUENCE_PADDING - 1) // SEQUENCE_PADDING * SEQUENCE_PADDING
-
-
-def _like_heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Empty (B, H, L, D) over (B, L, H, D) memory: the layout Transformers works in, so that no copy follows."""
-    batch, heads, length, dim = x.shape
-    return torch.empty(batch, length, heads, dim, dtype=dtype, device=x.device).transpose(1, 2)
-
-
-def _packed_like(q8: Tensor, k8: Tensor, dtype: torch.dtype) -> Tensor:
-    """Empty (B, L, Hq + 2·Hkv, D): what one fused projection of q, k and v gives."""
-    batch, heads, length, dim = q8.shape
-    return torch.empty(batch, length, heads + 2 * k8.shape[1], dim, dtype=dtype, device=q8.device)
-
-
-def _call(
-    scales: tuple[Tensor, Tensor, Tensor], logit_quant_scale: Tensor | None, key_range: Tensor | None,
-    dropout_seed: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool, softmax_scale: float, softcap: float,
-    causal: bool, window: int, dropout_p: float, incoherent: bool, high: bool, dim: int,
-) -> Call:  # fmt: skip
-    q_quant_scale, k_quant_scale, v_quant_scale = (x.contiguous() for x in scales)  # kernels read them as plain arrays
-    logit_quant_scale = None if logit_quant_scale is None else logit_quant_scale.contiguous()
-    mix = hadamard_block(dim) if incoherent else 0
-    signs = hadamard_signs(min(padded_head_dim(dim), SIGNS_MAX), mix, q_quant_scale.device) if mix else None
-    return Call(
-        q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, high, dim,
-        signs, mix, logit_quant_scale, GRADIENT_ROWS, softcap, cos, sin, interleaved,
-    )  # fmt: skip
-
-
-def _attention_forward(
-    query: Tensor,  # (B, Hq, Lq, D), any strides
-    key: Tensor,  # (B, Hkv, Lk, D)
-    value: Tensor,  # (B, Hkv, Lk, D)
-    q_quant_scale: Tensor,  # (Hq,)
-    k_quant_scale: Tensor,  # (Hkv,)
-    v_quant_scale: Tensor,  # (Hkv,)
-    key_range: Tensor | None,  # (B, Lq, 2) int32, contiguous
-    dropout_seed: Tensor | None,  # () int64
-    gradient_overflow: Tensor | None,  # (1,) int64: where the backward adds its count
-    logit_quant_scale: Tensor | None,  # (Hq,)
-    cos: Tensor | None,  # (B or 1, L, R/2), last stride 1: RoPE of query and key
-    sin: Tensor | None,  # same strides
-    interleaved: bool,
-    softmax_scale: float,
-    softcap: float,  # 0: none
-    causal: bool,
-    window: int,  # 0: none
-    dropout_p: float,
-    incoherent: bool,
-    high: bool,
-    count: bool,
-    observe: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """FP8 attention by the fused kernels.
-
-    Returns:
-        out (B, Hq, Lq, D) in query's dtype; shift and row_sum (B, Hq, Lq) float32: row maximum of the base-2 logits less 8, and
-        Σ P̃; q8, k8 (B, H, L, D), k8's residual (empty unless `high`), v8 (B, Hkv, D, Lp); v_norm (B, Hkv), the largest 2-norm of a
-        row of v8; amax (Hq + 2·Hkv,) and overflow (4,) int64 of the casts of q, k, v and logits (empty unless `count`); logit_max
-        (Hq,) in natural units, before the soft cap and rounding (empty unless `observe` or with a logit_quant_scale).
-    """
-    batch, heads, n_queries, dim = query.shape
-    kv_heads, n_keys = key.shape[1:3]
-    device, e4m3 = query.device, torch.float8_e4m3fn
-    call = _call(
-        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, cos, sin, interleaved,
-        softmax_scale, softcap, causal, min(window, n_keys), dropout_p, incoherent, high, dim,
-    )  # fmt: skip
-    padded = _padded(n_keys)
-    q8 = torch.empty(query.shape, dtype=e4m3, device=device)
-    k8 = torch.empty(key.shape, dtype=e4m3, device=device)
-    residual = torch.empty(key.shape if high else (0,), dtype=e4m3, device=device)
-    v8 = torch.empty(batch, kv_heads, dim, padded, dtype=e4m3, device=device)
-    v_norm = torch.zeros(batch, kv_heads, device=device)
-    amax = torch.zeros(heads + 2 * kv_heads, device=device) if count else torch.empty(0, device=device)
-    overflow = torch.zeros(4 if count else 0, dtype=torch.int64, device=device)
-    observe = observe or logit_quant_scale is not None
-    logit_max = torch.zeros(heads, device=device) if observe else torch.empty(0, device=device)
-    grid = (batch * (heads + 2 * kv_heads), triton.cdiv(max(n_queries, padded), QUANTIZE_ROWS))
-    quantize_kernel[grid](
-        query, key, value, *call.scales, call.signs, q8, k8, residual, v8, v_norm, amax, overflow, cos, sin, *query.stride(),
-        *key.stride(), *value.stride(), *call.angle_strides, batch, heads, kv_heads, n_queries, n_keys, padded, D=dim,
-        DP=call.padded_dim, TURNED=call.turned, INTERLEAVED=interleaved, MIX=call.mix, HIGH=high, COUNT=count, BLOCK=QUANTIZE_ROWS,
-    )  # fmt: skip
-
-    out = _like_heads_inside(query, query.dtype)
-    shift = torch.empty(batch, heads, n_queries, device=device)
-    row_sum = torch.empty_like(shift)
-    kernels = hopper.launches_for(call, device, counters=observe) or launch
-    kernels.forward(call, q8, k8, residual, v8, out, shift, row_sum, logit_max, overflow)
-    return out, shift, row_sum, q8, k8, residual, v8, v_norm, amax, overflow, logit_max
-
-
-def _fake_forward(
-    query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed, gradient_overflow,
-    logit_quant_scale, cos, sin, interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent, high, count, observe,
-):  # fmt: skip
-    batch, heads, n_queries, dim = query.shape
-    kv_heads, n_keys = key.shape[1:3]
-    e4m3 = torch.float8_e4m3fn
-    padded = _padded(n_keys)
-    rows = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
-    return (
-        _like_heads_inside(query, query.dtype),
-        rows,
-        torch.empty_like(rows),
-        query.new_empty(query.shape, dtype=e4m3),
-        key.new_empty(key.shape, dtype=e4m3),
-        key.new_empty(key.shape if high else (0,), dtype=e4m3),
-        key.new_empty(batch, kv_heads, dim, padded, dtype=e4m3),
-        key.new_empty(batch, kv_heads, dtype=torch.float32),
-        query.new_empty(heads + 2 * kv_heads if count else 0, dtype=torch.float32),
-        query.new_empty(4 if count else 0, dtype=torch.int64),
-        query.new_empty(heads if observe or logit_quant_scale is not None else 0, dtype=torch.float32),
-    )
-
-
-def _attention_backward(
-    grad_out: Tensor,  # (B, Hq, Lq, D), any strides
-    out: Tensor,  # (B, Hq, Lq, D)
-    shift: Tensor,  # (B, Hq, Lq)
-    row_sum: Tensor,  # (B, Hq, Lq)
-    q8: Tensor,  # (B, Hq, Lq, D)
-    k8: Tensor,  # (B, Hkv, Lk, D)
-    residual: Tensor,  # (B, Hkv, Lk, D), or empty
-    v8: Tensor,  # (B, Hkv, D, Lp)
-    v_norm: Tensor,  # (B, Hkv)
-    q_quant_scale: Tensor,
-    k_quant_scale: Tensor,
-    v_quant_scale: Tensor,
-    key_range: Tensor | None,
-    dropout_seed: Tensor | None,
-    gradient_overflow: Tensor | None,
-    logit_quant_scale: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    softmax_scale: float,
-    softcap: float,  # 0: none
-    causal: bool,
-    window: int,
-    dropout_p: float,
-    incoherent: bool,
-    packed: bool,
-    q_dtype: torch.dtype,
-    k_dtype: torch.dtype,
-    v_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ (B, Hq, Lq, D), dK and dV (B, Hkv, Lk, D), with respect to the unquantised, unmixed operands. Deterministic.
-
-    `packed`: instead one tensor (B, L, Hq + 2·Hkv, D) of all three in q_dtype, and two empty ones.
-    """
-    batch, heads, n_queries, dim = q8.shape
-    kv_heads, n_keys = k8.shape[1:3]
-    device, high, survival = q8.device, residual.numel() > 0, 1 - dropout_p
-    call = _call(
-        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, cos, sin, interleaved,
-        softmax_scale, softcap, causal, min(window, n_keys), dropout_p, incoherent, high, dim,
-    )  # fmt: skip
-    padded_dim, n_groups = call.padded_dim, triton.cdiv(n_queries, GRADIENT_ROWS)
-
-    gradient_range = torch.zeros(batch, heads, n_groups, 2, device=device)
-    grid = (batch * heads, triton.cdiv(n_queries, QUANTIZE_ROWS))
-    gradient_range_kernel[grid](
-        grad_out, row_sum, gradient_range, *grad_out.stride(), heads, n_queries, n_groups, GRADIENT_ROWS, dim, padded_dim,
-        QUANTIZE_ROWS,
-    )  # fmt: skip
-    padded = _padded(n_queries)
-    grad8 = torch.empty_like(q8)
-    grad8_columns = torch.empty(batch, heads, dim, padded, dtype=q8.dtype, device=device)
-    row_factor, row_delta = torch.empty(2, batch, heads, n_queries, device=device)
-    group_delta, group_shift = torch.empty(2, batch, heads, padded, device=device)
-    group = torch.empty(batch, heads, n_groups, 4, device=device)
-    quantize_gradient_kernel[batch * heads, padded // QUANTIZE_ROWS](
-        grad_out, out, shift, row_sum, gradient_range, v_norm, call.scales[0], call.scales[2], grad8, grad8_columns, row_factor,
-        row_delta, group_delta, group_shift, group, *grad_out.stride(), *out.stride(), heads, kv_heads, n_queries, padded, n_groups,
-        softmax_scale, survival, GRADIENT_ROWS, dim, padded_dim, QUANTIZE_ROWS,
-    )  # fmt: skip
-    v8_rows = torch.empty_like(k8)
-    q8_columns, k8_columns = torch.empty_like(grad8_columns), torch.empty_like(v8)
-    residual_columns = torch.empty_like(v8) if high else k8_columns
-    residual = residual if high else k8
-    transpose_kernel[batch * (heads + 2 * kv_heads), triton.cdiv(max(padded, v8.shape[3]), QUANTIZE_ROWS)](
-        q8, k8, residual, v8, q8_columns, k8_columns, residual_columns, v8_rows, batch, heads, kv_heads, n_queries, padded,
-        n_keys, v8.shape[3], dim, padded_dim, high, QUANTIZE_ROWS,
-    )  # fmt: skip
-
-    if packed:
-        together = _packed_like(q8, k8, q_dtype)
-        dq, dk, dv = together.transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)
-    else:
-        dq = _like_heads_inside(q8, q_dtype)
-        dk, dv = _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
-    kernels = hopper.launches_for(call, device, counters=gradient_overflow is not None) or launch
-    kernels.query_gradient(
-        call, q8, k8, k8_columns, residual, residual_columns, v8_rows, grad8, shift, row_factor, row_delta, group,
-        gradient_overflow, dq,
-    )  # fmt: skip
-    kernels.key_gradient(
-        call, q8, q8_columns, k8, residual, v8_rows, grad8, grad8_columns, group_shift, group_delta, group, dk, dv
-    )
-    return (together, together.new_empty(0), together.new_empty(0)) if packed else (dq, dk, dv)
-
-
-def _fake_backward(
-    grad_out, out, shift, row_sum, q8, k8, residual, v8, v_norm, q_quant_scale, k_quant_scale, v_quant_scale, key_range,
-    dropout_seed, gradient_overflow, logit_quant_scale, cos, sin, interleaved, softmax_scale, softcap, causal, window, dropout_p,
-    incoherent, packed, q_dtype, k_dtype, v_dtype,
-):  # fmt: skip
-    if packed:
-        together = _packed_like(q8, k8, q_dtype)
-        return together, together.new_empty(0), together.new_empty(0)
-    return _like_heads_inside(q8, q_dtype), _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
-
-
-INPUTS = len(signature(_attention_forward).parameters)
+INPUTS = len(signature(passes.forward).parameters)
 
 
 def _remember(ctx, output: tuple[Tensor, ...], inputs: tuple) -> None:
@@ -310,8 +83,8 @@ def _on_device_of_operands(run):
 # Defined through a Library: the wrapper of `torch.library.custom_op` adds 0.4 ms of CPU time to every call (docs/kernels.md).
 _library = torch.library.Library("hf_geoscale", "FRAGMENT")
 for _name, _run, _fake, _mutated in (
-    ("fp8_attention", _attention_forward, _fake_forward, ()),
-    ("fp8_attention_backward", _attention_backward, _fake_backward, ("gradient_overflow",)),
+    ("fp8_attention", passes.forward, passes.fake_forward, ()),
+    ("fp8_attention_backward", passes.backward, passes.fake_backward, ("gradient_overflow",)),
 ):
     _library.define(_name + torch.library.infer_schema(_run, mutates_args=_mutated))
     _library.impl(_name, _on_device_of_operands(_run), "CompositeExplicitAutograd")

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from .backend import TRITON_INSTALLED, resolve_backend
 from .tiles import DEFAULTS, TABLE, Tile, Tiles, padded_head_dim, tiles_for
@@ -13,7 +13,7 @@ from .tiles import DEFAULTS, TABLE, Tile, Tiles, padded_head_dim, tiles_for
 if TRITON_INSTALLED:
     import triton
 
-    from . import fused
+    from . import fused, passes
 
 CANDIDATES = tuple(
     Tile(rows, keys, warps, stages)
@@ -28,26 +28,29 @@ def _milliseconds(call: Callable[[], object]) -> float:
 
 
 def _calls(
-    dim: int, high: bool, length: int, heads: int, kv_heads: int, dropout_p: float
+    device: torch.device, dim: int, high: bool, length: int, heads: int, kv_heads: int, dropout_p: float
 ) -> dict[str, Callable[[], object]]:
     """The op whose time each tile decides, on random causal input."""
-    q, grad = torch.randn(2, 1, heads, length, dim, device="cuda", dtype=torch.bfloat16)
-    k, v = torch.randn(2, 1, kv_heads, length, dim, device="cuda", dtype=torch.bfloat16)
-
-    def scale(count: int) -> Tensor:
-        return torch.full((count,), 448 / (2 * dim**0.5), device="cuda")
-
-    scales = (scale(heads), scale(kv_heads), scale(kv_heads))
-    options = (dim**-0.5, 0.0, True, 0, dropout_p, True)
-    seed = torch.zeros((), dtype=torch.int64, device="cuda") if dropout_p else None
+    q, grad = torch.randn(2, 1, heads, length, dim, device=device, dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, kv_heads, length, dim, device=device, dtype=torch.bfloat16)
+    counts = {"q": heads, "k": kv_heads, "v": kv_heads}
+    shared: dict[str, Any] = {
+        f"{name}_quant_scale": torch.full((count,), 448 / (2 * dim**0.5), device=device)
+        for name, count in counts.items()
+    }
+    shared |= dict.fromkeys(("key_range", "gradient_overflow", "logit_quant_scale", "cos", "sin"))
+    shared["dropout_seed"] = torch.zeros((), dtype=torch.int64, device=device) if dropout_p else None
+    shared |= {"interleaved": False, "softmax_scale": dim**-0.5, "softcap": 0.0, "causal": True, "window": 0}
+    shared |= {"dropout_p": dropout_p, "incoherent": True}
 
     def forward():
-        return fused.attention_forward(q, k, v, *scales, None, seed, None, None, *options, high, False, False)
+        return fused.attention_forward(q, k, v, **shared, high=high, count=False, observe=False)
 
     saved = forward()[:8]
+    dtypes = dict.fromkeys(("q_dtype", "k_dtype", "v_dtype"), torch.bfloat16)
 
     def backward():
-        return fused.attention_backward(grad, *saved, *scales, None, seed, None, None, *options, *[torch.bfloat16] * 3)
+        return fused.attention_backward(grad, *saved, **shared, packed=False, **dtypes)
 
     return {"forward": forward, "query_gradient": backward, "key_gradient": backward}
 
@@ -73,14 +76,14 @@ def tune_tiles(head_dim: int, *, high: bool = False, length: int = 8192, heads: 
     row = (torch.cuda.get_device_capability(device), padded, high)
     best = tiles_for(device, head_dim, high)
     before = TABLE.get(row)
-    dropout_p = 0.1 if fused.hopper.runs(device, padded) and not high else 0.0
+    dropout_p = 0.1 if passes.hopper.runs(device, padded) and not high else 0.0
     try:
         TABLE[row] = best
         try:
-            calls = _calls(head_dim, high, length, heads, kv_heads, dropout_p)
+            calls = _calls(device, head_dim, high, length, heads, kv_heads, dropout_p)
         except triton.runtime.errors.OutOfResources:
             TABLE[row] = best = DEFAULTS[padded]
-            calls = _calls(head_dim, high, length, heads, kv_heads, dropout_p)
+            calls = _calls(device, head_dim, high, length, heads, kv_heads, dropout_p)
         for kernel, call in calls.items():
             times = {}
             for tile in (getattr(best, kernel), *CANDIDATES):

@@ -13,7 +13,7 @@ from .fused_cases import CASES, DEVICE, NEEDS_KERNELS, agree, operands, run
 
 pytestmark = NEEDS_KERNELS
 if triton_missing(DEVICE) is None:
-    from hf_geoscale.kernels import fused
+    from hf_geoscale.kernels import fused, passes
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,7 +54,7 @@ class TestManyTiles:
 @pytest.mark.parametrize("case", CASES)
 class TestPortableKernelsOnHopper:
     def test_output_and_gradients(self, case, monkeypatch):
-        monkeypatch.setattr(fused.hopper, "launches_for", lambda *_, **__: None)
+        monkeypatch.setattr(passes.hopper, "launches_for", lambda *_, **__: None)
         leaves, options = operands(CASES[case])
         assert agree(run(leaves, options), run(leaves, options, "reference"))
 

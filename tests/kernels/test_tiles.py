@@ -69,3 +69,13 @@ def test_the_search_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(RuntimeError, match="Tesla T4"):
         tuning.tune_tiles(64)
+
+
+@pytest.mark.skipif(not TRITON_INSTALLED, reason="needs Triton")
+def test_the_calls_whose_times_are_compared_run():
+    from hf_geoscale.kernels import tuning
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    calls = tuning._calls(device, 64, high=False, length=64, heads=2, kv_heads=1, dropout_p=0.1)
+    assert calls["forward"]()[0].shape == (1, 2, 64, 64)
+    assert [x.shape[1] for x in calls["query_gradient"]()] == [2, 1, 1]

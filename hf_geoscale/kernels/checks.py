@@ -1,0 +1,73 @@
+"""What operands of `fp8_attention` must be: ValueError and TypeError say what was expected and what came."""
+
+import torch
+from torch import Tensor
+
+HEAD_DIM_STEP, HEAD_DIM_MAX = 16, 256
+"""Head dimensions are multiples of 16 up to 256: what FP8 matrix units contract over, and what the kernels tile."""
+
+
+def check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be (batch, heads, length, head_dim), got shape {tuple(x.shape)}")
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"{name} is on {x.device}, query on {query.device}; they must share one device")
+    batch, heads, _, dim = query.shape
+    if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != dim:
+        raise ValueError(
+            "key and value must share one shape (B, Hkv, Lk, D) with query's B and D, got "
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        )
+    if not heads or not key.shape[1] or heads % key.shape[1]:
+        raise ValueError(f"query heads must be a multiple of key/value heads, got {heads} and {key.shape[1]}")
+    check_head_dim(dim)
+    if not batch or not query.shape[2] or not key.shape[2]:
+        raise ValueError(
+            f"batches and sequences must not be empty, got {batch} sequences of {query.shape[2]} query rows and {key.shape[2]} keys"
+        )
+
+
+def check_rotary(rotary: tuple[Tensor, Tensor], query: Tensor, key: Tensor) -> None:
+    cos, sin = rotary
+    batch, _, length, dim = query.shape
+    if cos.dim() != 3 or cos.shape != sin.shape or cos.shape[0] not in (1, batch) or cos.shape[1] != length:
+        raise ValueError(
+            f"rotary must be cos and sin of shape (1 or {batch}, {length}, R/2), got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    if not 0 < 2 * cos.shape[2] <= dim:
+        raise ValueError(f"rotary turns R = 2 x {cos.shape[2]} channels, but the head dimension is {dim}")
+    if key.shape[2] != length:
+        raise ValueError(
+            f"rotary needs as many keys as queries, got {key.shape[2]} and {length}; rotate them before the call"
+        )
+    if cos.device != query.device or sin.device != query.device:
+        raise ValueError(
+            f"rotary is on {cos.device} and {sin.device}, query on {query.device}; they must share one device"
+        )
+    if not cos.is_floating_point() or not sin.is_floating_point():
+        raise TypeError(f"rotary's cos and sin must be floating point, got {cos.dtype} and {sin.dtype}")
+
+
+def check_packed(packed: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
+    heads, kv_heads, dim = query.shape[1], key.shape[1], query.shape[3]
+    counts = (heads, kv_heads, kv_heads)
+    if packed.dim() == 3 and packed.shape[2] == sum(counts) * dim:
+        views = packed.unflatten(2, (-1, dim)).transpose(1, 2).split(counts, dim=1)
+        pairs = list(zip((query, key, value), views, strict=True))
+        if all(x.shape == y.shape and x.data_ptr() == y.data_ptr() and x.stride() == y.stride() for x, y in pairs):
+            return
+    raise ValueError(
+        f"query, key and value must be views of packed, {heads}, {kv_heads} and {kv_heads} heads of {dim} channels in this order, "
+        f"got packed {tuple(packed.shape)} and query {tuple(query.shape)}"
+    )
+
+
+def check_head_dim(dim: int) -> None:
+    """Raise ValueError unless FP8 attention has this head dimension."""
+    if dim % HEAD_DIM_STEP or not 0 < dim <= HEAD_DIM_MAX:
+        raise ValueError(
+            f"FP8 attention needs a head dimension that is a multiple of {HEAD_DIM_STEP} up to {HEAD_DIM_MAX}, got {dim}"
+        )
