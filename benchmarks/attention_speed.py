@@ -195,20 +195,18 @@ def measure(models: list[str], lengths: list[int]) -> tuple[list[dict], dict[str
     return rows, not_timed
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--output", type=Path, help="path without suffix for .jsonl, .md and .png; default: print only")
     parser.add_argument("--render", type=Path, help="make table and plot from an earlier .jsonl instead of measuring")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.render:
         host, *rows = [json.loads(line) for line in arguments.render.read_text().splitlines()]
     else:
-        host, rows = (
-            environment("transformer_engine", "nvidia-cudnn-frontend"),
-            measure(arguments.models, arguments.lengths),
-        )
+        rows, not_timed = measure(arguments.models, arguments.lengths)
+        host = environment("transformer_engine", "nvidia-cudnn-frontend") | {"not_timed": not_timed}
     table = to_markdown(rows, host)
     print(table)
     if arguments.output:
