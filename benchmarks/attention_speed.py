@@ -16,6 +16,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import cudnn_fp8
 import torch
 import triton
 from cudnn_fp8 import CudnnFp8, CudnnFp8IdleWindow
@@ -199,12 +200,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
+    parser.add_argument(
+        "--plans", type=int, default=cudnn_fp8.PLANS, help="cuDNN FP8 execution plans tried; default %(default)s"
+    )
     parser.add_argument("--output", type=Path, help="path without suffix for .jsonl, .md and .png; default: print only")
     parser.add_argument("--render", type=Path, help="make table and plot from an earlier .jsonl instead of measuring")
     arguments = parser.parse_args(argv)
     if arguments.render:
         host, *rows = [json.loads(line) for line in arguments.render.read_text().splitlines()]
     else:
+        cudnn_fp8.PLANS = arguments.plans
         rows, not_timed = measure(arguments.models, arguments.lengths)
         host = environment("transformer_engine", "nvidia-cudnn-frontend") | {"not_timed": not_timed}
     table = to_markdown(rows, host)
