@@ -25,6 +25,7 @@ def main(model_name: str, text_file: str | None = None) -> None:
     blocks = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(blocks, batch_size=1, shuffle=True))
+    accelerator.print(f"{model_name} on {accelerator.device}")
     step = 0
     while step < STEPS:
         for batch in loader:

@@ -25,6 +25,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from hf_geoscale.kernels import attention
+
 from .feature_matrix import Recorder
 
 VOCABULARY = 96
@@ -86,6 +88,11 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def here() -> torch.device:
+    """Where the running test builds its tensors: --device."""
+    return torch.empty(0).device
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     return request.param
@@ -116,7 +123,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 class _OnDevice(TorchFunctionMode):
-    """New tensors and modules go to the device, those of a CPU generator by way of the CPU."""
+    """New tensors and modules go to the device; a CPU generator draws on the CPU, so that numbers are the same everywhere."""
 
     def __init__(self, device: str):
         super().__init__()
@@ -124,18 +131,52 @@ class _OnDevice(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        generator = kwargs.get("generator")
+        on_cpu = generator is not None and generator.device.type == "cpu"
+        if on_cpu and function.__name__.endswith("_") and not args[0].is_cpu:  # uniform_ and its like
+            return args[0].copy_(function(args[0].cpu(), *args[1:], **kwargs))
         if function not in self.constructors or kwargs.get("device") is not None:
             return function(*args, **kwargs)
-        if kwargs.get("generator") is not None:
+        if on_cpu:
             return function(*args, **kwargs).to(self.device)
-        return function(*args, **kwargs, device=self.device)
+        return function(*args, **kwargs | {"device": self.device})
 
 
 @pytest.fixture(autouse=True)
 def on_device(request):
     device = request.config.getoption("--device")
-    with _OnDevice(device) if device != "cpu" else nullcontext():
+    places_itself = request.node.get_closest_marker("places_itself")
+    with _OnDevice(device) if device != "cpu" and not places_itself else nullcontext():
         yield
+
+
+def _allocations() -> int:
+    """Blocks of GPU memory this process has ever asked for."""
+    return torch.cuda.memory_stats().get("allocation.all.allocated", 0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """With --device cuda, a feature counts as proven on the GPU only if the test allocated there and no FP8 attention ran
+    on the CPU. Tests marked gpu compare the two; those that start a process say themselves where it "ran on"."""
+    if item.config.getoption("--device") == "cpu" or item.get_closest_marker("gpu"):
+        return (yield)
+    before, on_cpu, reference = _allocations(), [], attention._reference
+
+    def watched(query, *rest):
+        if query.is_cpu:
+            on_cpu.append(query.shape)
+        return reference(query, *rest)
+
+    attention._reference = watched
+    try:
+        return (yield)
+    finally:
+        attention._reference = reference
+        proven = dict(item.user_properties).get("ran on") == "cuda"
+        if on_cpu or (_allocations() == before and not proven):
+            reason = f"{len(on_cpu)} attention calls of its test ran on the CPU" if on_cpu else "its test used no GPU"
+            item.user_properties.append(("not on the device", reason))
 
 
 @pytest.fixture(scope="session")
@@ -147,9 +188,10 @@ def smollm2_path(request) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_path):
+def smollm2(smollm2_path, request):
     """(model in float32 and eval mode, English token ids (4, 1024)). Tests leave it unpatched."""
     from hf_geoscale.cli.loading import load, read_text, token_blocks
 
     model, tokenizer = load(str(smollm2_path))
-    return model.eval(), token_blocks(tokenizer, read_text(None), 1024, 4)
+    device = request.config.getoption("--device")
+    return model.eval().to(device), token_blocks(tokenizer, read_text(None), 1024, 4).to(device)

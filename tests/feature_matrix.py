@@ -40,6 +40,9 @@ class Recorder:
             return
         for name, refused in features:
             outcome = "refused" if refused and report.outcome == "passed" else report.outcome
+            elsewhere = dict(report.user_properties).get("not on the device")
+            if elsewhere and report.outcome == "passed":
+                outcome, self.reasons[name] = "skipped", elsewhere
             self.outcomes[name][outcome] += 1
             if outcome == "skipped" and isinstance(report.longrepr, tuple):
                 self.reasons[name] = report.longrepr[2].removeprefix("Skipped: ")

@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from .cli.conftest import text_file, tiny_folder  # noqa: F401
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+
+pytestmark = pytest.mark.places_itself
 
 
 @pytest.fixture
@@ -58,7 +61,7 @@ def test_trainer(run, tiny_folder, text_file, tmp_path):  # noqa: F811
 
 
 @pytest.mark.feature("Raw Accelerate loop")
-def test_accelerate_loop(tiny_folder, text_file):  # noqa: F811
+def test_accelerate_loop(tiny_folder, text_file, request):  # noqa: F811
     """In a process of its own, by the launcher."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "bf16", "--dynamo_backend", "no", EXAMPLES / "accelerate_loop.py"]
@@ -66,6 +69,9 @@ def test_accelerate_loop(tiny_folder, text_file):  # noqa: F811
     command = list(map(str, [*launch, tiny_folder, text_file]))
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert f"on {device}" in done.stdout
+    request.node.user_properties.append(("ran on", device))
     assert "step 20: loss" in done.stdout
     assert "| utilisation | overflows |" in done.stdout
 

@@ -8,8 +8,10 @@ from .feature_matrix import Recorder, cell, marked_features, read, to_markdown
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def report(feature, outcome, when="call", refused=False, longrepr=None):
+def report(feature, outcome, when="call", refused=False, longrepr=None, elsewhere=None):
     properties = [("feature", (feature, refused))]
+    if elsewhere:
+        properties.append(("not on the device", elsewhere))
     return SimpleNamespace(user_properties=properties, outcome=outcome, when=when, longrepr=longrepr)
 
 
@@ -30,6 +32,24 @@ def test_a_run_replaces_what_its_machine_said_of_the_features_it_ran(tmp_path):
     assert cells["D"] == "refused with a message (1)"
     assert cells["E"] == "not run: no GPU"
     assert "| A | pass (1) |" in to_markdown([line])
+
+
+def test_what_ran_elsewhere_proves_nothing(tmp_path):
+    recorder = Recorder(tmp_path / "features.jsonl")
+    for one in (
+        report("A", "passed", elsewhere="its test used no GPU"),
+        report("B", "passed", elsewhere="its test used no GPU"),
+        report("B", "passed"),
+        report("C", "passed", refused=True, elsewhere="its test used no GPU"),
+        report("D", "failed", elsewhere="its test used no GPU"),
+    ):
+        recorder.pytest_runtest_logreport(one)
+    recorder.pytest_sessionfinish(None)
+    (line,) = read(tmp_path / "features.jsonl")
+    cells = {name: cell(counts) for name, counts in line["features"].items()}
+    assert cells["A"] == cells["C"] == "not run: its test used no GPU"
+    assert cells["B"] == "pass (1)"
+    assert cells["D"] == "**fails** (1)"
 
 
 def test_a_failure_outweighs_and_an_absent_feature_was_not_run():

@@ -86,7 +86,7 @@ def interaction_sigma_upper(
 
 def start_vectors(heads: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """Unit start vectors (H, d) in float64, the same on every rank and run (generator seed 0)."""
-    vectors = torch.randn(heads, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    vectors = torch.randn(heads, width, dtype=torch.float64, device="cpu", generator=torch.Generator().manual_seed(0))
     return torch.nn.functional.normalize(vectors, dim=-1).to(device)
 
 

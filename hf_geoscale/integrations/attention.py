@@ -13,6 +13,7 @@ from ..errors import UnsupportedAttentionError, UnsupportedModelError
 from ..kernels import AttentionStatistics, Visibility, fp8_attention
 from ..kernels.attention import kernel_operand
 from ..kernels.hadamard import hadamard
+from ..kernels.rotary import rotate
 from ..scaling import E4M3, QuantScales
 from .layer import GeoScaleLayer
 from .masks import CONTINUATION_ROWS, is_key_range, visibility_of_call
@@ -30,7 +31,7 @@ _NOT_HONOURED = {
 }
 
 
-def _delegate(layer: GeoScaleLayer, reason: str, module: nn.Module, query, key, value, attention_mask, **call):
+def _delegate(layer: GeoScaleLayer, reason: str, module: nn.Module, query, key, value, attention_mask, rotary, **call):
     """Run a call on SDPA, counted under `reason`, and logged once: decoding quietly, anything in training as a warning.
 
     SDPA has no soft cap: calls with one run in plain PyTorch, counted all the same.
@@ -42,6 +43,8 @@ def _delegate(layer: GeoScaleLayer, reason: str, module: nn.Module, query, key, 
         backend = "in plain PyTorch" if capped else "on SDPA"
         logger.log(level, "geoscale: %s runs %s (%s); counted in geometry_report", layer.name, backend, reason)
     layer.delegated[reason] += 1
+    if rotary is not None:
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
     if attention_mask is not None and is_key_range(attention_mask, key.shape[2]):
         seen = Visibility(query.shape[2], key.shape[2], False, None, attention_mask[:, 0])
         attention_mask = seen.dense(key.device)
@@ -156,6 +159,8 @@ def geoscale_attention_forward(
     sliding_window: int | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,  # cos, sin (B or 1, L, R/2)
+    packed: Tensor | None = None,  # (B, L, (Hq + 2·Hkv)·D)
     **kwargs,
 ) -> tuple[Tensor, None]:
     """FP8 attention of a patched layer, in the attention interface's form: ((B, Lq, Hq, D), None).
@@ -163,7 +168,8 @@ def geoscale_attention_forward(
     Decoding runs on SDPA, counted as "kv_cache": fewer than CONTINUATION_ROWS query rows after a past. More rows run in FP8 where
     the cached keys and values fit the certificates, and on SDPA, counted as "uncertified cache", where they do not. A mask that
     cannot be honoured exactly raises UnsupportedAttentionError, or runs on SDPA, counted, with fallback="sdpa". SDPA has no soft
-    cap: calls with one run in plain PyTorch instead (`softcap_attention_forward`).
+    cap: calls with one run in plain PyTorch instead (`softcap_attention_forward`). `rotary` and `packed` come from the forwards of
+    `front_end`: query and key are yet to be rotated; query, key and value are views of one tensor.
 
     Raises:
         UnsupportedModelError: the module was never patched.
@@ -173,7 +179,14 @@ def geoscale_attention_forward(
     layer, (batch, _, rows, _), keys = _layer_of(module), query.shape, key.shape[2]
     scaling = layer.site.softmax_scale if scaling is None else scaling
     _refuse_options(layer, kwargs, rows != keys)
-    sdpa = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "softcap": softcap, **kwargs}
+    sdpa = {
+        "dropout": dropout,
+        "scaling": scaling,
+        "is_causal": is_causal,
+        "softcap": softcap,
+        "rotary": rotary,
+        **kwargs,
+    }
     if _decodes(query, key, attention_mask):
         return _delegate(layer, "kv_cache", module, query, key, value, attention_mask, **sdpa)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -189,6 +202,8 @@ def geoscale_attention_forward(
         fp8_attention,
         query,
         *seen,
+        packed=packed,
+        rotary=rotary,
         softmax_scale=scaling,
         softcap=softcap,
         causal=visibility.causal,
@@ -203,6 +218,7 @@ def geoscale_attention_forward(
     if cached and layer.config.scaling == "geometry" and not _certified(scales, *seen):
         return _delegate(layer, "uncertified cache", module, query, key, value, attention_mask, **sdpa)
     layer.calls += 1
+    layer.fused_calls += rotary is not None or packed is not None
     out: Any = attend(**_named(scales), dropout_p=dropout, statistics=layer.statistics)
     layer.observe(scales)
     return out.transpose(1, 2).contiguous(), None

@@ -78,7 +78,7 @@ def documents_of_lengths(
             f"cu_seq_lens_q must rise from 0 to the {batch * length} tokens of this batch, got "
             f"{bounds[:8] if bounds else tuple(cu_seq_lens_q.shape)}"
         )
-    starts = torch.zeros(batch * length, dtype=torch.bool)
+    starts = torch.zeros(batch * length, dtype=torch.bool, device="cpu")
     starts[[bound for bound in bounds if bound < batch * length]] = True
     starts = starts.view(batch, length).to(cu_seq_lens_q.device)
     if not bool(starts[:, 0].all()):

@@ -15,17 +15,16 @@ from ..config import GeoScaleConfig
 from ..errors import UnsupportedModelError
 from ..geometry import LayerGeometry
 from ..scaling import DelayedScaling
+from . import front_end
 from .attention import geoscale_attention_forward
 from .families import attention_sites
+from .front_end import NAME
 from .layer import GeoScaleLayer, PatchedLayer, check_finite, model_alpha_min
 from .masks import geoscale_mask
 from .residual import refuse_embeddings
 from .sharding import enclosing_modules, refuse_parallelism
 
 logger = logging.getLogger(__name__)
-
-NAME = "geoscale"
-"""The attention implementation's name in transformers, on the attention and on the mask interface."""
 
 # At import, so that an unpickled patched model finds them in a new process. torch.compile leaves both out of its graphs: they read
 # the weights' versions and count calls, which a graph would freeze, and a CUDA graph would replay with old scales.
@@ -196,6 +195,8 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
             f"{type(model).__name__} does not use transformers' attention interface; it cannot be patched"
         )
     _warn_of_replaced_forwards(layers)
+    for layer in layers:
+        front_end.install(layer)
     return outer
 
 
@@ -208,6 +209,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     for module, layer in list(patched_modules(model)):
         original = module.geoscale_replaced
         layer.remove_hooks()
+        front_end.remove(module)
         del module.geoscale, module.geoscale_replaced, module.extra_repr
     if original is not None:
         _transformers_model(model).set_attn_implementation(original)

@@ -23,7 +23,9 @@ class GeometryReport:
     `k_amax`, `v_amax` (lists, largest entry after mixing), `logit_amax` (list) and `alpha_observed` (largest |logit| / B₁) with
     observe_logits; since patching: `utilisation` (largest entry / certificate; with delayed and current scaling, largest number
     before its cast / 448), `logit_utilisation` (the same of quantised logits, / 448), `overflows_by_operand`, `overflows` (their
-    sum), `calls`, `fallback_calls` and `fallback_reasons`. Recomputation under gradient checkpointing counts as a call of its own.
+    sum), `calls`, `fused_calls` (of those, without a pass of elementwise work before the kernels), `front_end` ("fused", or why all
+    calls go through the attention interface), `fallback_calls` and `fallback_reasons`. Recomputation under gradient checkpointing
+    counts as a call of its own.
     Counts and maxima are of this process. Where FSDP2 shards the weights, certificates are those of the last forward (empty
     before one) and `sigma_upper`, `worst_case_logit`, `alpha_min` and `alpha_observed`, which need whole weights, stay empty.
     """
@@ -74,6 +76,7 @@ def _row(index: int, layer: PatchedLayer, model: Any, layers: int) -> dict:
     row |= dict.fromkeys(("alpha_min", "alpha_observed", "utilisation", *_OBSERVED))
     row |= {"logit_utilisation": None, "overflows_by_operand": {}}
     row |= {"overflows": 0, "calls": layer.calls, "fallback_calls": layer.delegated.total()}
+    row |= {"fused_calls": layer.fused_calls, "front_end": layer.front_end}
     row["fallback_reasons"] = dict(layer.delegated)
     if isinstance(layer, GeoScaleLayer):
         row |= _measured(layer, model, layers)

@@ -1,6 +1,8 @@
 """`fp8_attention`: the functional op, its checks, and the reference backend's autograd formula."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch import Tensor
 from ..scaling.formats import E4M3
 from . import reference
 from .backend import TRITON_INSTALLED, resolve_backend
+from .rotary import rotate
 from .statistics import AttentionStatistics
 from .visibility import Visibility
 
@@ -65,19 +68,22 @@ class _ReferenceAttention(torch.autograd.Function):
 
 
 def _reference(
-    query, key, value, scales, visibility, softmax_scale, softcap, incoherent, precision, dropout_p, dropout_seed,
-    statistics, return_lse,
+    query, key, value, packed, scales, rotary, interleaved, visibility, softmax_scale, softcap, incoherent, precision, dropout_p,
+    dropout_seed, statistics, return_lse,
 ):  # fmt: skip
     if dropout_p and dropout_seed is None:
-        dropout_seed = torch.randint(2**63 - 1, ())
+        dropout_seed = torch.randint(2**63 - 1, (), device="cpu")
     options = reference.Options(softmax_scale, incoherent, dropout_p, int(dropout_seed or 0), softcap)
     statistics = statistics or AttentionStatistics()
+    if rotary is not None:
+        cos, sin = rotary
+        query, key = rotate(query, cos, sin, interleaved), rotate(key, cos, sin, interleaved)
     return _ReferenceAttention.apply(query, key, value, *scales, visibility, options, precision, statistics)
 
 
 def _fused(
-    query, key, value, scales, visibility, softmax_scale, softcap, incoherent, precision, dropout_p, dropout_seed,
-    statistics, return_lse,
+    query, key, value, packed, scales, rotary, interleaved, visibility, softmax_scale, softcap, incoherent, precision, dropout_p,
+    dropout_seed, statistics, return_lse,
 ):  # fmt: skip
     device = query.device
     if not dropout_p:
@@ -94,10 +100,18 @@ def _fused(
     observe = statistics is not None and statistics.observe_logits
     operands = [kernel_operand(x, "triton") for x in (query, key, value)]
     scales = [x if x is None else x.to(device) for x in scales]
-    out, shift, row_sum, *_, amax, overflow, logit_max = fused.attention_forward(
+    cos = sin = None
+    if rotary is not None:
+        cos, sin = rotary
+        if cos.stride(-1) != 1 or cos.stride() != sin.stride():
+            cos, sin = cos.contiguous(), sin.contiguous()
+    forward: Callable = fused.attention_forward
+    if packed is not None:
+        operands, forward = [x.detach() for x in operands], partial(fused.PackedAttention.apply, packed)
+    out, shift, row_sum, *_, amax, overflow, logit_max = forward(
         *operands, *scales[:3], key_range, dropout_seed, statistics.gradient_counter(device) if observe else None, scales[3],
-        softmax_scale, softcap or 0.0, visibility.causal, visibility.window or 0, dropout_p, incoherent, precision == "high",
-        statistics is not None, observe,
+        cos, sin, interleaved, softmax_scale, softcap or 0.0, visibility.causal, visibility.window or 0, dropout_p, incoherent,
+        precision == "high", statistics is not None, observe,
     )  # fmt: skip
     if statistics is not None:
         heads, kv_heads = query.shape[1], key.shape[1]
@@ -141,6 +155,41 @@ def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
+def _check_rotary(rotary: tuple[Tensor, Tensor], query: Tensor, key: Tensor) -> None:
+    cos, sin = rotary
+    batch, _, length, dim = query.shape
+    if cos.dim() != 3 or cos.shape != sin.shape or cos.shape[0] not in (1, batch) or cos.shape[1] != length:
+        raise ValueError(
+            f"rotary must be cos and sin of shape (1 or {batch}, {length}, R/2), got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    if not 0 < 2 * cos.shape[2] <= dim:
+        raise ValueError(f"rotary turns R = 2 x {cos.shape[2]} channels, but the head dimension is {dim}")
+    if key.shape[2] != length:
+        raise ValueError(
+            f"rotary needs as many keys as queries, got {key.shape[2]} and {length}; rotate them before the call"
+        )
+    if cos.device != query.device or sin.device != query.device:
+        raise ValueError(
+            f"rotary is on {cos.device} and {sin.device}, query on {query.device}; they must share one device"
+        )
+    if not cos.is_floating_point() or not sin.is_floating_point():
+        raise TypeError(f"rotary's cos and sin must be floating point, got {cos.dtype} and {sin.dtype}")
+
+
+def _check_packed(packed: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
+    heads, kv_heads, dim = query.shape[1], key.shape[1], query.shape[3]
+    counts = (heads, kv_heads, kv_heads)
+    if packed.dim() == 3 and packed.shape[2] == sum(counts) * dim:
+        views = packed.unflatten(2, (-1, dim)).transpose(1, 2).split(counts, dim=1)
+        pairs = list(zip((query, key, value), views, strict=True))
+        if all(x.shape == y.shape and x.data_ptr() == y.data_ptr() and x.stride() == y.stride() for x, y in pairs):
+            return
+    raise ValueError(
+        f"query, key and value must be views of packed, {heads}, {kv_heads} and {kv_heads} heads of {dim} channels in this order, "
+        f"got packed {tuple(packed.shape)} and query {tuple(query.shape)}"
+    )
+
+
 def check_head_dim(dim: int) -> None:
     """Raise ValueError unless FP8 attention has this head dimension."""
     if dim % HEAD_DIM_STEP or not 0 < dim <= HEAD_DIM_MAX:
@@ -157,6 +206,9 @@ def fp8_attention(
     q_quant_scale: Tensor,  # (Hq,)
     k_quant_scale: Tensor,  # (Hkv,)
     v_quant_scale: Tensor,  # (Hkv,)
+    packed: Tensor | None = None,  # (B, L, (Hq + 2·Hkv)·D)
+    rotary: tuple[Tensor, Tensor] | None = None,  # (B or 1, L, R/2) each
+    rotary_interleaved: bool = False,
     softmax_scale: float | None = None,
     softcap: float | None = None,
     causal: bool = True,
@@ -174,10 +226,17 @@ def fp8_attention(
     """Softmax attention with E4M3 operands, differentiable with E4M3 gradients; data flow in `kernels/reference.py`.
 
     Args:
-        query, key, value: float32, bfloat16 or float16, any strides, RoPE already applied. Hq is a multiple of Hkv. "triton"
-            rounds float32 to bfloat16 first.
+        query, key, value: float32, bfloat16 or float16, any strides. Hq is a multiple of Hkv. "triton" rounds float32 to
+            bfloat16 first.
         q_quant_scale, k_quant_scale, v_quant_scale: float32 factors real → FP8 per head. 448/quant_scale must bound the
-            entries: of v as given, of q and k after the Hadamard mix (their 2-norm does). Any strides; no gradient reaches them.
+            entries: of v as given, of q and k after RoPE and the Hadamard mix (their 2-norm does). Any strides; no gradient
+            reaches them.
+        packed: the tensor that query, key and value are consecutive views of, as one fused projection gives it. "triton" then
+            gives it one gradient, without the concatenation that undoes a split; None, the default, gives one to each.
+        rotary: (cos, sin) of rotary position embeddings that query and key have not had yet, for their first R ≤ D channels;
+            the kernels turn q and k as they load them, and their gradients back, in float32. Needs Lq = Lk; without gradient.
+            None, the default: RoPE was applied, or there is none.
+        rotary_interleaved: pairs are channels (2d, 2d + 1), as in GPT-J; by default (d, d + R/2), as in Llama.
         softmax_scale: factor on q·k; default D^-½.
         softcap: logits S = q·k·softmax_scale become softcap·tanh(S/softcap) before the mask (Gemma 2), from 2⁻²⁰ to 2²⁰; None, the
             default, leaves them alone.
@@ -202,7 +261,7 @@ def fp8_attention(
         RuntimeError: backend="triton" where it cannot run.
         ValueError: a shape, head dimension, device, window, soft cap, probability or precision that is not as stated, or an empty
             batch or sequence.
-        TypeError: an operand that is not floating point, or a key_range that holds no integers.
+        TypeError: an operand, cos or sin that is not floating point, or a key_range that holds no integers.
     """
     _check_operands(query, key, value)
     heads, kv_heads = query.shape[1], key.shape[1]
@@ -213,6 +272,10 @@ def fp8_attention(
         name, count = f"{operand}_quant_scale", heads if operand in ("q", "logit") else kv_heads
         if given.shape != (count,) or given.dtype != torch.float32:
             raise ValueError(f"{name} must be float32 of shape ({count},), got {given.dtype} {tuple(given.shape)}")
+    if packed is not None:
+        _check_packed(packed, query, key, value)
+    if rotary is not None:
+        _check_rotary(rotary, query, key)
     if window is not None and (not causal or window < 1):
         raise ValueError(f"window must be at least 1 and needs causal=True, got window={window}, causal={causal}")
     if key_range is not None and key_range.shape != (query.shape[0], query.shape[2], 2):
@@ -235,7 +298,7 @@ def fp8_attention(
     scales = (q_quant_scale, k_quant_scale, v_quant_scale, logit_quant_scale)
     attend = _fused if resolve_backend(backend, query.device) == "triton" else _reference
     out, lse = attend(
-        query, key, value, scales, visibility, softmax_scale, softcap, incoherent, precision, dropout_p, dropout_seed,
-        statistics, return_lse,
+        query, key, value, packed, scales, rotary, rotary_interleaved, visibility, softmax_scale, softcap, incoherent, precision,
+        dropout_p, dropout_seed, statistics, return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out

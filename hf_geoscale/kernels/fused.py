@@ -2,6 +2,7 @@
 
 import math
 from functools import wraps
+from inspect import signature
 
 import torch
 import triton
@@ -29,10 +30,16 @@ def _like_heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(batch, length, heads, dim, dtype=dtype, device=x.device).transpose(1, 2)
 
 
+def _packed_like(q8: Tensor, k8: Tensor, dtype: torch.dtype) -> Tensor:
+    """Empty (B, L, Hq + 2·Hkv, D): what one fused projection of q, k and v gives."""
+    batch, heads, length, dim = q8.shape
+    return torch.empty(batch, length, heads + 2 * k8.shape[1], dim, dtype=dtype, device=q8.device)
+
+
 def _call(
     scales: tuple[Tensor, Tensor, Tensor], logit_quant_scale: Tensor | None, key_range: Tensor | None,
-    dropout_seed: Tensor | None, softmax_scale: float, softcap: float, causal: bool, window: int, dropout_p: float,
-    incoherent: bool, high: bool, dim: int,
+    dropout_seed: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool, softmax_scale: float, softcap: float,
+    causal: bool, window: int, dropout_p: float, incoherent: bool, high: bool, dim: int,
 ) -> Call:  # fmt: skip
     q_quant_scale, k_quant_scale, v_quant_scale = (x.contiguous() for x in scales)  # kernels read them as plain arrays
     logit_quant_scale = None if logit_quant_scale is None else logit_quant_scale.contiguous()
@@ -40,7 +47,7 @@ def _call(
     signs = hadamard_signs(min(padded_head_dim(dim), SIGNS_MAX), mix, q_quant_scale.device) if mix else None
     return Call(
         q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed, softmax_scale, causal, window, dropout_p, high, dim,
-        signs, mix, logit_quant_scale, GRADIENT_ROWS, softcap,
+        signs, mix, logit_quant_scale, GRADIENT_ROWS, softcap, cos, sin, interleaved,
     )  # fmt: skip
 
 
@@ -55,6 +62,9 @@ def _attention_forward(
     dropout_seed: Tensor | None,  # () int64
     gradient_overflow: Tensor | None,  # (1,) int64: where the backward adds its count
     logit_quant_scale: Tensor | None,  # (Hq,)
+    cos: Tensor | None,  # (B or 1, L, R/2), last stride 1: RoPE of query and key
+    sin: Tensor | None,  # same strides
+    interleaved: bool,
     softmax_scale: float,
     softcap: float,  # 0: none
     causal: bool,
@@ -77,8 +87,8 @@ def _attention_forward(
     kv_heads, n_keys = key.shape[1:3]
     device, e4m3 = query.device, torch.float8_e4m3fn
     call = _call(
-        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, softmax_scale, softcap, causal,
-        min(window, n_keys), dropout_p, incoherent, high, dim,
+        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, cos, sin, interleaved,
+        softmax_scale, softcap, causal, min(window, n_keys), dropout_p, incoherent, high, dim,
     )  # fmt: skip
     padded = _padded(n_keys)
     q8 = torch.empty(query.shape, dtype=e4m3, device=device)
@@ -92,9 +102,9 @@ def _attention_forward(
     logit_max = torch.zeros(heads, device=device) if observe else torch.empty(0, device=device)
     grid = (batch * (heads + 2 * kv_heads), triton.cdiv(max(n_queries, padded), QUANTIZE_ROWS))
     quantize_kernel[grid](
-        query, key, value, *call.scales, call.signs, q8, k8, residual, v8, v_norm, amax, overflow, *query.stride(), *key.stride(),
-        *value.stride(), batch, heads, kv_heads, n_queries, n_keys, padded, D=dim, DP=call.padded_dim, MIX=call.mix, HIGH=high,
-        COUNT=count, BLOCK=QUANTIZE_ROWS,
+        query, key, value, *call.scales, call.signs, q8, k8, residual, v8, v_norm, amax, overflow, cos, sin, *query.stride(),
+        *key.stride(), *value.stride(), *call.angle_strides, batch, heads, kv_heads, n_queries, n_keys, padded, D=dim,
+        DP=call.padded_dim, TURNED=call.turned, INTERLEAVED=interleaved, MIX=call.mix, HIGH=high, COUNT=count, BLOCK=QUANTIZE_ROWS,
     )  # fmt: skip
 
     out = _like_heads_inside(query, query.dtype)
@@ -107,7 +117,7 @@ def _attention_forward(
 
 def _fake_forward(
     query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed, gradient_overflow,
-    logit_quant_scale, softmax_scale, softcap, causal, window, dropout_p, incoherent, high, count, observe,
+    logit_quant_scale, cos, sin, interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent, high, count, observe,
 ):  # fmt: skip
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
@@ -146,23 +156,30 @@ def _attention_backward(
     dropout_seed: Tensor | None,
     gradient_overflow: Tensor | None,
     logit_quant_scale: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
     softmax_scale: float,
     softcap: float,  # 0: none
     causal: bool,
     window: int,
     dropout_p: float,
     incoherent: bool,
+    packed: bool,
     q_dtype: torch.dtype,
     k_dtype: torch.dtype,
     v_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ (B, Hq, Lq, D), dK and dV (B, Hkv, Lk, D), with respect to the unquantised, unmixed operands. Deterministic."""
+    """dQ (B, Hq, Lq, D), dK and dV (B, Hkv, Lk, D), with respect to the unquantised, unmixed operands. Deterministic.
+
+    `packed`: instead one tensor (B, L, Hq + 2·Hkv, D) of all three in q_dtype, and two empty ones.
+    """
     batch, heads, n_queries, dim = q8.shape
     kv_heads, n_keys = k8.shape[1:3]
     device, high, survival = q8.device, residual.numel() > 0, 1 - dropout_p
     call = _call(
-        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, softmax_scale, softcap, causal,
-        min(window, n_keys), dropout_p, incoherent, high, dim,
+        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, cos, sin, interleaved,
+        softmax_scale, softcap, causal, min(window, n_keys), dropout_p, incoherent, high, dim,
     )  # fmt: skip
     padded_dim, n_groups = call.padded_dim, triton.cdiv(n_queries, GRADIENT_ROWS)
 
@@ -192,8 +209,12 @@ def _attention_backward(
         n_keys, v8.shape[3], dim, padded_dim, high, QUANTIZE_ROWS,
     )  # fmt: skip
 
-    dq = _like_heads_inside(q8, q_dtype)
-    dk, dv = _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
+    if packed:
+        together = _packed_like(q8, k8, q_dtype)
+        dq, dk, dv = together.transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)
+    else:
+        dq = _like_heads_inside(q8, q_dtype)
+        dk, dv = _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
     kernels = hopper.launches_for(call, device, counters=gradient_overflow is not None) or launch
     kernels.query_gradient(
         call, q8, k8, k8_columns, residual, residual_columns, v8_rows, grad8, shift, row_factor, row_delta, group,
@@ -202,15 +223,37 @@ def _attention_backward(
     kernels.key_gradient(
         call, q8, q8_columns, k8, residual, v8_rows, grad8, grad8_columns, group_shift, group_delta, group, dk, dv
     )
-    return dq, dk, dv
+    return (together, together.new_empty(0), together.new_empty(0)) if packed else (dq, dk, dv)
 
 
 def _fake_backward(
     grad_out, out, shift, row_sum, q8, k8, residual, v8, v_norm, q_quant_scale, k_quant_scale, v_quant_scale, key_range,
-    dropout_seed, gradient_overflow, logit_quant_scale, softmax_scale, softcap, causal, window, dropout_p, incoherent,
-    q_dtype, k_dtype, v_dtype,
+    dropout_seed, gradient_overflow, logit_quant_scale, cos, sin, interleaved, softmax_scale, softcap, causal, window, dropout_p,
+    incoherent, packed, q_dtype, k_dtype, v_dtype,
 ):  # fmt: skip
+    if packed:
+        together = _packed_like(q8, k8, q_dtype)
+        return together, together.new_empty(0), together.new_empty(0)
     return _like_heads_inside(q8, q_dtype), _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
+
+
+INPUTS = len(signature(_attention_forward).parameters)
+
+
+def _remember(ctx, output: tuple[Tensor, ...], inputs: tuple) -> None:
+    """Keep what the backward reads: FP8 operands, O and its row statistics, and what is no tensor of this call's size."""
+    *operands, interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent, _, _, _ = inputs
+    query, key, value, *constants = operands
+    ctx.save_for_backward(*output[:8], *constants)
+    ctx.options = interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent
+    ctx.dtypes = [query.dtype, key.dtype, value.dtype]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("fp8_attention has first derivatives only; its backward was called with create_graph=True")
 
 
 class _Attention(torch.autograd.Function):
@@ -220,24 +263,37 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             output = attention_forward(*inputs)
-        query, key, value, q_scale, k_scale, v_scale, key_range, seed, overflow, logit_scale, *options = inputs
-        ctx.save_for_backward(*output[:8], q_scale, k_scale, v_scale, key_range, seed, overflow, logit_scale)
-        ctx.options = options[:6]
-        ctx.dtypes = [query.dtype, key.dtype, value.dtype]
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
+        _remember(ctx, output, inputs)
         return output
 
     @staticmethod
     def backward(ctx, grad_out, *_):
         if grad_out is None:
-            return (None,) * 19
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "fp8_attention has first derivatives only; its backward was called with create_graph=True"
-            )
-        grads = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, *ctx.dtypes)
-        return (*grads, *[None] * 16)
+            return (None,) * INPUTS
+        _refuse_second_derivatives()
+        grads = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, False, *ctx.dtypes)
+        return (*grads, *[None] * (INPUTS - 3))
+
+
+class PackedAttention(torch.autograd.Function):
+    """The op on views of one tensor (B, L, (Hq + 2·Hkv)·D), which gets one gradient: no split to be undone by a concatenation."""
+
+    @staticmethod
+    def forward(ctx, packed, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = attention_forward(*inputs)
+        _remember(ctx, output, inputs)
+        ctx.packed = packed.shape, packed.dtype
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_out, *_):
+        if grad_out is None:
+            return (None,) * (INPUTS + 1)
+        _refuse_second_derivatives()
+        shape, dtype = ctx.packed
+        grad, _, _ = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, True, dtype, dtype, dtype)
+        return (grad.view(shape), *[None] * INPUTS)
 
 
 def _on_device_of_operands(run):

@@ -11,7 +11,11 @@ from .forward import forward_kernel
 from .key_gradient import key_gradient_kernel, query_span_kernel
 from .query_gradient import query_gradient_kernel
 from .reference import GRADIENT_ROWS
+from .rotary_tile import rotate_back_kernel
 from .tiles import Tiles, padded_head_dim, tiles_for
+
+ROTARY_ROWS = 64
+"""Rows of one program that turns a gradient back."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,21 @@ class Call:
     logit_quant_scale: Tensor | None = None  # (Hq,)
     group_rows: int = GRADIENT_ROWS
     softcap: float = 0.0  # 0: none
+    cos: Tensor | None = None  # (B or 1, L, R/2): q and k are to be turned by RoPE
+    sin: Tensor | None = None  # same shape and strides
+    interleaved: bool = False
+
+    @property
+    def turned(self) -> int:
+        """Channels that RoPE turns."""
+        return 0 if self.cos is None else 2 * self.cos.shape[-1]
+
+    @property
+    def angle_strides(self) -> tuple[int, int]:
+        """Strides of cos and sin along sequences and positions."""
+        if self.cos is None:
+            return 0, 0
+        return self.cos.stride(0) if self.cos.shape[0] > 1 else 0, self.cos.stride(1)
 
     @property
     def scales(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,6 +148,7 @@ def query_gradient(
         row_factor, row_delta, group, call.signs, dq, overflow, *dq.stride()[:3], heads, kv_heads, n_queries, n_keys,
         group.shape[2], *call.scalars, GROUP=call.group_rows, MIX=call.mix, COUNT=overflow is not None, **call.flags, **tile.launch,
     )  # fmt: skip
+    rotate_back(call, dq)
 
 
 def key_gradient(
@@ -157,6 +177,21 @@ def key_gradient(
         *call.scales[:2], call.key_range, query_spans(call, batch, n_queries, n_keys, tile.keys, tile.rows), call.dropout_seed,
         call.logit_quant_scale, group, call.signs, dk, dv, *dk.stride()[:3], heads, kv_heads, n_queries, n_keys,
         group_shift.shape[2], group.shape[2], *call.scalars, GROUP=call.group_rows, MIX=call.mix, **call.flags, **tile.launch,
+    )  # fmt: skip
+    rotate_back(call, dk)
+
+
+def rotate_back(
+    call: Call,
+    x: Tensor,  # (B, H, L, D)
+) -> None:
+    """Turn a gradient with respect to what RoPE gave into that with respect to what it took, in place."""
+    if not call.turned:
+        return
+    batch, heads, length, _ = x.shape
+    rotate_back_kernel[batch * heads, triton.cdiv(length, ROTARY_ROWS)](
+        x, call.cos, call.sin, *x.stride(), *call.angle_strides, heads, length, call.dim, call.padded_dim, call.turned,
+        call.interleaved, ROTARY_ROWS,
     )  # fmt: skip
 
 

@@ -83,7 +83,8 @@ def query_tile(
         ds *= slope
     ds = p * ds
     if COUNT:
-        ds_max = tl.maximum(ds_max, tl.max(tl.abs(ds), 1))
+        # NaN counts as Inf: a maximum passes over it
+        ds_max = tl.maximum(ds_max, tl.max(tl.where(ds == ds, tl.abs(ds), float("inf")), 1))
     ds8 = contraction_order(ds.to(tl.float8e4nv), BM, BN)  # |ds| ≤ 448 by its bound
     k_columns = d_k_columns.load([i_column_row, start_key])
     dq = tl.dot(ds8, k_columns.T, dq)
@@ -201,6 +202,8 @@ def query_gradient_kernel(
     p_tile = tile_pointers(p_dq, batch, head, start_row, dq_b, dq_h, dq_l, BM, DP)
     tl.store(p_tile, dq.to(p_dq.dtype.element_ty), mask=valid[:, None] & (tl.arange(0, DP)[None, :] < D))
     if COUNT:
+        descale = tl.load(p_group + i_group * 4 + 3)  # Inf where the largest gradient of the group is
+        ds_max = tl.where(descale < float("inf"), ds_max, float("inf"))
         over = tl.sum(tl.where(valid & ~(ds_max <= 448.0), 1, 0))
         if over > 0:
             tl.atomic_add(p_overflow, over.to(tl.int64))

@@ -27,7 +27,8 @@ class AttentionStatistics:
     def gradient_counter(self, device: torch.device) -> Tensor:
         """(1,) int64 to which a fused backward adds its overflows, in place."""
         if self._gradient_overflow is None or self._gradient_overflow.device != device:
-            self._gradient_overflow = torch.zeros(1, dtype=torch.int64, device=device)
+            with torch.inference_mode(False):  # a later backward writes to it
+                self._gradient_overflow = torch.zeros(1, dtype=torch.int64, device=device)
         return self._gradient_overflow
 
     def add_overflow(self, operand: str, count: Tensor) -> None:

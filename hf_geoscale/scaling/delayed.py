@@ -41,11 +41,15 @@ class DelayedScaling:
         logit = scale["logit"].expand(heads) if "logit" in scale else None
         return QuantScales(scale["q"].expand(heads), scale["k"].expand(kv_heads), scale["v"].expand(kv_heads), logit)
 
+    @torch.inference_mode(False)  # autograd saves what comes of it, if a later call trains
+    @torch.no_grad()
     def observe(self, amax: dict[str, Tensor]) -> None:
         for name, history in self.history.items():
             newest = amax[name].detach().float().amax()
             self.history[name] = torch.cat([newest[None], history[:-1].to(newest.device)])
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _advance(self) -> None:
         for name, history in self.history.items():
             amax = history.amax() if self.options.reduction == "max" else history[0]

@@ -52,6 +52,8 @@ class GeometryScaling:
         self._observed: list[Tensor] = []  # α of the burn-in's calls, each ()
         self._burned_in = False
 
+    @torch.inference_mode(False)  # autograd saves these scales, if a later call trains
+    @torch.no_grad()
     def refresh(self, geometry: LayerGeometry) -> None:
         self._geometry = geometry
         self._end_burn_in()
@@ -67,7 +69,8 @@ class GeometryScaling:
         if self.observes and not torch.is_grad_enabled() and self._end_burn_in():
             self.refresh(self._geometry)
         if self.scales.q.device != call.device:
-            self.scales = self.scales.to(call.device)
+            with torch.inference_mode(False):
+                self.scales = self.scales.to(call.device)
         if call.softcap is not None and self.scales.logit is not None:
             least = ROUND_OFF * E4M3.max / (self.headroom * call.softcap)
             return replace(self.scales, logit=self.scales.logit.clamp_min(least))

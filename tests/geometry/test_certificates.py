@@ -177,7 +177,7 @@ class TestExcess:
         assert (moved.norm(dim=-1) > operand_bound(plain)).any()
         assert (
             operand_bound(wider)
-            <= operand_bound(plain) + 1.5 * wider.excess.norm(dim=-1) * (1 + ROUNDING_MARGIN) + 1e-9
+            <= operand_bound(plain) + 1.5 * wider.excess.double().norm(dim=-1) * (1 + ROUNDING_MARGIN) + 1e-9
         ).all()
         row = matrix / matrix.norm(dim=-1, keepdim=True) * 24**0.5
         entries = (matrix * row).sum(-1).abs() + 1.5 * wider.excess

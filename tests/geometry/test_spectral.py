@@ -14,6 +14,7 @@ from hf_geoscale.geometry import (
     trace_power_bound,
 )
 
+from ..conftest import here
 from ..tolerances import FLOAT64_ROUNDOFF
 
 
@@ -33,6 +34,10 @@ def matrices(kind: str, heads: int, dim: int, width: int) -> torch.Tensor:
     return a
 
 
+def starts(heads: int, width: int) -> torch.Tensor:
+    return start_vectors(heads, width, here())
+
+
 KINDS = ("random", "rank one", "wide range", "equal singular values", "tiny", "zero")
 SHAPES = ((4, 16, 16), (3, 64, 576), (2, 80, 131), (1, 1, 7))
 
@@ -43,7 +48,7 @@ class TestBothSidesOfSigma:
     def test_lower_and_upper_enclose_sigma(self, kind, shape):
         a = matrices(kind, *shape)
         sigma = torch.linalg.svdvals(a)[:, 0]
-        lower, _ = power_iteration(a, start_vectors(shape[0], shape[2]), rounds=5)
+        lower, _ = power_iteration(a, starts(shape[0], shape[2]), rounds=5)
         upper = sigma_upper(gram(a))
         slack = 1 + FLOAT64_ROUNDOFF
         assert (lower <= sigma * slack).all()
@@ -54,7 +59,7 @@ class TestBothSidesOfSigma:
         heads, dim, width = shape
         q, k = matrices(kind, 2 * heads, dim, width), matrices(kind, heads, dim, width).roll(1, -1)
         expected = torch.linalg.svdvals(q.mT @ k.repeat_interleave(2, 0))[:, 0]
-        lower, vectors = interaction_power_iteration(q, k, start_vectors(2 * heads, width), rounds=5)
+        lower, vectors = interaction_power_iteration(q, k, starts(2 * heads, width), rounds=5)
         upper = interaction_sigma_upper(gram(q), gram(k))
         product = torch.linalg.svdvals(q)[:, 0] * torch.linalg.svdvals(k)[:, 0].repeat_interleave(2, 0)
         roundoff = product * FLOAT64_ROUNDOFF
@@ -68,12 +73,12 @@ class TestBothSidesOfSigma:
 def test_power_iteration_converges_and_warm_start_tracks():
     q, k = matrices("random", 4, 64, 576), matrices("random", 2, 64, 576)
     exact = torch.linalg.svdvals(q.mT @ k.repeat_interleave(2, 0))[:, 0]
-    cold, vectors = interaction_power_iteration(q, k, start_vectors(4, 576), rounds=200)
+    cold, vectors = interaction_power_iteration(q, k, starts(4, 576), rounds=200)
     torch.testing.assert_close(cold, exact, rtol=1e-4, atol=0)
     moved = q * (1 + 1e-3)
     warm, _ = interaction_power_iteration(moved, k, vectors, rounds=1)
     torch.testing.assert_close(warm, exact * (1 + 1e-3), rtol=1e-4, atol=0)
-    restarted, _ = interaction_power_iteration(moved, k, start_vectors(4, 576), rounds=1)
+    restarted, _ = interaction_power_iteration(moved, k, starts(4, 576), rounds=1)
     assert (restarted < 0.9 * warm).all()
 
 
@@ -81,7 +86,7 @@ def test_query_heads_use_the_key_head_of_their_group():
     q = matrices("random", 4, 16, 32)
     k = torch.stack([torch.zeros(16, 32, dtype=torch.float64), matrices("random", 1, 16, 32)[0]])
     upper = interaction_sigma_upper(gram(q), gram(k))
-    lower, _ = interaction_power_iteration(q, k, start_vectors(4, 32), rounds=3)
+    lower, _ = interaction_power_iteration(q, k, starts(4, 32), rounds=3)
     assert (upper[:2] < 1e-4).all()
     assert (lower[:2] == 0).all()
     assert (lower[2:] > 1).all()

@@ -19,7 +19,8 @@ METRICS = {"geoscale/utilisation", "geoscale/overflows", "geoscale/sigma_drift",
 
 
 def trainer(model, folder, *callbacks, steps=4, **arguments) -> Trainer:
-    data = [{"input_ids": row, "labels": row} for row in tokens(16, 24)]
+    rows = tokens(16, 24)
+    data = [{"input_ids": row, "labels": row} for row in rows]
     arguments = {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -28,7 +29,8 @@ def trainer(model, folder, *callbacks, steps=4, **arguments) -> Trainer:
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",
-        "use_cpu": True,
+        "use_cpu": not rows.is_cuda,
+        "dataloader_pin_memory": False,  # the data are where the model is
         "learning_rate": 1e-3,
     } | arguments
     args = TrainingArguments(**arguments)

@@ -84,7 +84,7 @@ def test_a_quantised_base_whose_norms_have_no_weights():
             four_bit.weight = bitsandbytes.nn.Params4bit(
                 plain.weight.detach().clone(), requires_grad=False, quant_type="nf4"
             )
-            setattr(layer.self_attn, name, four_bit.to("cpu"))
+            setattr(layer.self_attn, name, four_bit.to(plain.weight.device))
     with torch.no_grad():
         exact = model(ids).logits
         for headroom in (1.0, 4.0):

@@ -225,7 +225,7 @@ class TestEveryFamily:
         model, ids = tiny_model(family), tokens(2, 30)
         exact = model(ids).logits
         patch_model(model)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
             cast = model(ids, labels=ids)
         cast.loss.backward()
         assert relative(cast.logits.float(), exact) < OUTPUT_ERROR
@@ -255,7 +255,7 @@ def test_certificates_survive_shifts_that_cancel(how):
     embeddings = torch.zeros(1, 8, 64, dtype=model.dtype)
     embeddings[..., 0], embeddings[..., 1] = 100, -100
     embeddings[:, 1::2] *= -1
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+    with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=how == "autocast"):
         model(inputs_embeds=embeddings)
     row = geometry_report(model).rows[0]
     assert row["overflows"] == 0
@@ -291,7 +291,7 @@ def test_mistral_window_is_honoured():
 
 @pytest.mark.gpu
 def test_a_patched_model_moves_to_the_gpu_and_trains_there(family):
-    model, ids = patch_model(tiny_model(family)), tokens(2, 40)
+    model, ids = patch_model(tiny_model(family).cpu()), tokens(2, 40).cpu()
     cpu = model(ids, labels=ids)
     cpu.loss.backward()
     grads = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -308,7 +308,7 @@ def test_a_patched_model_moves_to_the_gpu_and_trains_there(family):
 
 @pytest.mark.gpu
 def test_bounds_on_the_gpu_ignore_tf32(family):
-    model = tiny_model(family)
+    model = tiny_model(family).cpu()
     patch_model(model)
     exact = [layer.geometry.q_bound for layer in geoscale_layers(model)]
     allowed = torch.backends.cuda.matmul.allow_tf32

@@ -9,7 +9,7 @@ from hf_geoscale.integrations import geoscale_layers
 from hf_geoscale.integrations.masks import CONTINUATION_ROWS
 
 from ..conftest import tiny_model, tokens
-from ..tolerances import FLIPPED_ROUNDINGS, OUTPUT_ERROR
+from ..tolerances import FLIPPED_ROUNDINGS, FUSED_ERROR, OUTPUT_ERROR
 from .compare import calls, relative
 
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "disable_compile": True}
@@ -90,7 +90,9 @@ class TestCaches:
         with torch.no_grad():
             whole = model(ids, use_cache=False).logits
             chunks = in_chunks(model, ids, (70, 80), DynamicCache(config=model.config))
-        assert relative(chunks, whole) < FLIPPED_ROUNDINGS
+        # A window's cache drops old keys, so tiles of the fused kernels start at other keys and P̃ is rounded against other maxima.
+        other_tiles = family == "mistral-window" and ids.is_cuda
+        assert relative(chunks, whole) < (FUSED_ERROR if other_tiles else FLIPPED_ROUNDINGS)
 
     @pytest.mark.feature("beam search")
     def test_beam_search(self, family):
@@ -168,7 +170,7 @@ class TestGenerate:
         options = {"max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
         exact = model.generate(ids, attention_mask=mask, **options)
         patch_model(model)
-        with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        with torch.autocast(model.device.type, dtype=torch.bfloat16), torch.inference_mode():
             ours = model.generate(ids, attention_mask=mask, **options)
         assert relative(ours.logits[0], exact.logits[0]) < OUTPUT_ERROR
         assert calls(model) == (1, {"kv_cache": 3})

@@ -8,7 +8,7 @@ from hf_geoscale import UnsupportedAttentionError, geometry_report, patch_model
 from hf_geoscale.integrations.attention import geoscale_attention_forward
 from hf_geoscale.integrations.masks import geoscale_mask, key_range_of_mask
 
-from ..conftest import SHAPE, tiny_model, tokens
+from ..conftest import SHAPE, here, tiny_model, tokens
 from ..tolerances import OUTPUT_ERROR
 from .compare import calls, relative
 
@@ -30,7 +30,9 @@ HIDDEN_VALUES = {"bool": None, "least": torch.finfo(torch.float32).min, "-inf": 
 
 
 def additive(visible: torch.Tensor, hidden: float | None) -> torch.Tensor:
-    return visible if hidden is None else torch.zeros(visible.shape).masked_fill(~visible, hidden)
+    return (
+        visible if hidden is None else torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, hidden)
+    )
 
 
 @pytest.mark.feature("4D masks")
@@ -38,7 +40,7 @@ class TestExplicitMasks:
     @pytest.mark.parametrize("hidden", HIDDEN_VALUES)
     @pytest.mark.parametrize("kind", MASKS)
     def test_rows_of_contiguous_keys_are_honoured(self, kind, hidden):
-        model, ids, visible = tiny_model("llama"), tokens(2, LENGTH), MASKS[kind]
+        model, ids, visible = tiny_model("llama"), tokens(2, LENGTH), MASKS[kind].to(here())
         mask = additive(visible, HIDDEN_VALUES[hidden])[None, None]
         seeing = visible.any(-1)
         exact = model(ids, attention_mask=additive(visible, HIDDEN_VALUES["least"])[None, None]).logits
@@ -54,7 +56,7 @@ class TestExplicitMasks:
     @pytest.mark.parametrize("kind", MASKS)
     def test_a_row_is_what_its_visible_keys_make_it(self, kind):
         """The attention alone, undiluted by the residual stream, against float64 softmax over the visible keys."""
-        attention, visible = patch_model(tiny_model("llama")).model.layers[0].self_attn, MASKS[kind]
+        attention, visible = patch_model(tiny_model("llama")).model.layers[0].self_attn, MASKS[kind].to(here())
         bound = attention.geoscale.geometry
         generator = torch.Generator().manual_seed(2)
         query, key, value = (torch.randn(2, heads, LENGTH, 16, generator=generator) for heads in (4, 2, 2))
@@ -68,16 +70,16 @@ class TestExplicitMasks:
 
     def test_one_row_for_all_queries(self):
         model, ids = tiny_model("llama"), tokens(2, LENGTH)
-        mask = (torch.tensor([[20], [11]]) > KEYS)[:, None, None]  # (2, 1, 1, L), as encoders pass padding
+        mask = (torch.tensor([[20], [11]]) > KEYS.to(here()))[:, None, None]  # (2, 1, 1, L), as encoders pass padding
         exact = model(ids, attention_mask=mask.expand(-1, -1, LENGTH, -1)).logits
         patch_model(model)
         assert relative(model(ids, attention_mask=mask).logits, exact) < OUTPUT_ERROR
         assert calls(model) == (1, {})
 
     def test_heads_that_agree(self):
-        model, ids = patch_model(tiny_model("llama")), tokens(1, LENGTH)
-        one = model(ids, attention_mask=CAUSAL[None, None]).logits
-        for mask in (CAUSAL[None, None].expand(1, 4, -1, -1), CAUSAL[None, None].repeat(1, 4, 1, 1)):
+        model, ids, causal = patch_model(tiny_model("llama")), tokens(1, LENGTH), CAUSAL.to(here())[None, None]
+        one = model(ids, attention_mask=causal).logits
+        for mask in (causal.expand(1, 4, -1, -1), causal.repeat(1, 4, 1, 1)):
             assert torch.equal(model(ids, attention_mask=mask).logits, one)
 
     @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
@@ -92,12 +94,13 @@ class TestExplicitMasks:
             model(tokens(1, length), attention_mask=mask)
 
     def test_low_biases_are_not_taken_for_hidden(self):
-        assert key_range_of_mask(additive(CAUSAL, -1e9)[None, None]) is not None
-        assert key_range_of_mask(additive(CAUSAL, -1e4)[None, None]) is None
-        assert key_range_of_mask(additive(CAUSAL, torch.finfo(torch.float16).min)[None, None].half()) is not None
+        causal = CAUSAL.to(here())[None, None]
+        assert key_range_of_mask(additive(causal, -1e9)) is not None
+        assert key_range_of_mask(additive(causal, -1e4)) is None
+        assert key_range_of_mask(additive(causal, torch.finfo(torch.float16).min).half()) is not None
 
     def test_analysed_once_for_all_layers(self, monkeypatch):
-        model, ids, mask = patch_model(tiny_model("llama")), tokens(1, LENGTH), CAUSAL[None, None].clone()
+        model, ids, mask = patch_model(tiny_model("llama")), tokens(1, LENGTH), CAUSAL.to(here(), copy=True)[None, None]
         model(ids, attention_mask=mask)
         monkeypatch.setattr("hf_geoscale.integrations.masks.key_range_of_block", None)
         model(ids, attention_mask=mask)
@@ -197,7 +200,7 @@ def test_a_chunk_is_no_window():
         "mask_function": masking_utils.chunked_causal_mask_function(8, torch.zeros(1, dtype=torch.long)),
         "local_size": 8,
     }
-    sizes = {"batch_size": 1, "q_length": LENGTH, "kv_length": LENGTH, "device": "cpu", "config": config}
+    sizes = {"batch_size": 1, "q_length": LENGTH, "kv_length": LENGTH, "device": here(), "config": config}
     if "cache_position" in LlamaForCausalLM.forward.__code__.co_varnames:
         sizes["cache_position"] = torch.arange(LENGTH)
     expected = torch.stack([torch.arange(LENGTH) // 8 * 8, torch.arange(LENGTH) + 1], -1)

@@ -7,7 +7,7 @@ from transformers import DataCollatorWithFlattening
 from hf_geoscale import UnsupportedAttentionError, patch_model
 from hf_geoscale.integrations.packing import documents_of_lengths, documents_of_positions
 
-from ..conftest import tiny_model, tokens
+from ..conftest import here, tiny_model, tokens
 from ..tolerances import FLIPPED_ROUNDINGS, GRADIENT_ERROR, OUTPUT_ERROR
 from .compare import calls, relative
 
@@ -18,6 +18,7 @@ CU_SEQ_LENS = torch.tensor([0, 15, 16, 40], dtype=torch.int32)
 
 
 def lengths(cu_seq_lens=CU_SEQ_LENS) -> dict:
+    cu_seq_lens = cu_seq_lens.to(here())
     return {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens, "max_length_q": 24, "max_length_k": 24}
 
 
@@ -37,6 +38,11 @@ PACKINGS = {
 }
 
 
+def packing(how: str) -> dict:
+    """Arguments of a forward, with their tensors where the model is."""
+    return {name: x.to(here()) if isinstance(x, torch.Tensor) else x for name, x in PACKINGS[how].items()}
+
+
 @pytest.mark.feature("packing")
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen3"])
 @pytest.mark.parametrize("how", PACKINGS)
@@ -45,7 +51,7 @@ class TestDocuments:
         model, ids = tiny_model(family), tokens(1, LENGTH)
         exact = alone(model, ids)
         patch_model(model)
-        ours = model(ids, **PACKINGS[how]).logits
+        ours = model(ids, **packing(how)).logits
         assert calls(model) == (1, {})
         assert relative(ours, exact) < OUTPUT_ERROR
         if "positions" in how:  # the same rotations, hence the same roundings of q and k; sums in another order
@@ -57,7 +63,7 @@ class TestDocuments:
         other = ids.clone()
         other[:, :15] = tokens(1, 15, seed=1)
         with torch.no_grad():
-            a, b = (model(x, **PACKINGS[how]).logits for x in (ids, other))
+            a, b = (model(x, **packing(how)).logits for x in (ids, other))
         assert torch.equal(a[:, 15:], b[:, 15:])
         assert not torch.equal(a[:, :15], b[:, :15])
 
@@ -92,7 +98,7 @@ class TestLengths:
         grads = []
         for how in ("positions", "lengths", "lengths and positions", "positions, with a cache"):
             model.zero_grad()
-            model(ids, labels=ids, **PACKINGS[how]).loss.backward()
+            model(ids, labels=ids, **packing(how)).loss.backward()
             grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
             patch_model(model)  # after the first, exact one
         assert all(relative(grad, grads[0]) < GRADIENT_ERROR for grad in grads[1:])
@@ -120,8 +126,8 @@ class TestLengths:
         model, ids = tiny_model("llama"), tokens(1, LENGTH)
         padding = torch.ones(1, LENGTH)
         padding[:, :3] = 0
-        dense = torch.ones(LENGTH, LENGTH).tril().bool() & (POSITIONS.T >= 0)
-        document = (POSITIONS[0] == 0).cumsum(0)
+        dense = torch.ones(LENGTH, LENGTH).tril().bool()
+        document = (POSITIONS[0].to(here()) == 0).cumsum(0)
         dense &= document[:, None] == document
         dense[:, :3] = False
         exact = model(ids, attention_mask=dense[None, None]).logits
@@ -130,7 +136,7 @@ class TestLengths:
         assert relative(ours[:, 3:], exact[:, 3:]) < OUTPUT_ERROR
 
     def test_a_batch_that_reuses_its_tensor_is_read_again(self):
-        model, ids, bounds = patch_model(tiny_model("llama")), tokens(1, LENGTH), CU_SEQ_LENS.clone()
+        model, ids, bounds = patch_model(tiny_model("llama")), tokens(1, LENGTH), CU_SEQ_LENS.to(here(), copy=True)
         with torch.no_grad():
             first = model(ids, use_cache=False, **lengths(bounds)).logits
             bounds[1] = 9
@@ -150,7 +156,9 @@ class TestLengths:
     def test_bad_lengths_are_named(self, bounds, message):
         model = patch_model(tiny_model("llama"))
         with pytest.raises(ValueError, match=message):
-            model(tokens(1, LENGTH), position_ids=POSITIONS, use_cache=False, **lengths(torch.tensor(bounds)))
+            model(
+                tokens(1, LENGTH), position_ids=POSITIONS.to(here()), use_cache=False, **lengths(torch.tensor(bounds))
+            )
 
     def test_lengths_that_do_not_fit_are_named(self):
         model = patch_model(tiny_model("llama"))
@@ -179,3 +187,10 @@ class TestRanges:
         bounds = torch.tensor([0, 2, 2, 3, 6])  # one document is empty
         ranges = documents_of_lengths(bounds, bounds.clone(), None, 2, 3)
         assert ranges.tolist() == [[[0, 2], [0, 2], [2, 3]], [[0, 3]] * 3]
+
+    def test_of_lengths_whatever_the_default_device(self):
+        bounds = torch.tensor([0, 2, 6], device="cpu")
+        expected = documents_of_lengths(bounds, None, None, 1, 6)
+        with torch.device("meta"):
+            ranges = documents_of_lengths(bounds.clone(), None, None, 1, 6)
+        assert torch.equal(ranges, expected)

@@ -98,14 +98,16 @@ def test_the_trainer_trains_adapters(tmp_path, every_n_steps):
     from transformers import Trainer, TrainingArguments
 
     model = peft.get_peft_model(tiny_model("llama"), lora(lora_dropout=0.05))
-    data = [{"input_ids": row, "labels": row} for row in tokens(8, 16)]
+    rows = tokens(8, 16)
+    data = [{"input_ids": row, "labels": row} for row in rows]
     arguments = TrainingArguments(
         str(tmp_path),
         max_steps=4,
         per_device_train_batch_size=2,
         learning_rate=0.05,
         report_to=[],
-        use_cpu=True,
+        use_cpu=not rows.is_cuda,
+        dataloader_pin_memory=False,
         logging_steps=1,
         save_strategy="no",
     )

@@ -24,18 +24,19 @@ class TestBitsandbytes:
             linear.in_features, linear.out_features, linear.bias is not None, torch.float32, double, kind
         )
         new.load_state_dict(linear.state_dict())
-        return new.to("cpu")
+        return new.to(linear.weight.device)  # where it is quantised
 
     def eight_bit(self, linear: nn.Linear, threshold: float = 6.0) -> nn.Module:
-        new = self.bnb.nn.Linear8bitLt(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            has_fp16_weights=False,
-            threshold=threshold,
-        )
+        with torch.device("cpu"):  # the move from there quantises
+            new = self.bnb.nn.Linear8bitLt(
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                has_fp16_weights=False,
+                threshold=threshold,
+            )
         new.load_state_dict(linear.state_dict())
-        return new.to("cpu").eval()
+        return new.to(linear.weight.device).eval()
 
     @pytest.mark.feature("QLoRA (bitsandbytes 4-bit)")
     @pytest.mark.parametrize("double", [False, True])

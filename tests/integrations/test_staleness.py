@@ -12,7 +12,8 @@ from hf_geoscale import (
 from hf_geoscale.geometry import operand_bound
 from hf_geoscale.integrations import geoscale_layers
 
-from ..conftest import tiny_model, tokens
+from ..conftest import here, tiny_model, tokens
+from ..kernels.fused_cases import DEVICE, NEEDS_KERNELS
 
 
 def bounds(model) -> list[torch.Tensor]:
@@ -92,11 +93,22 @@ class TestStaleness:
         model(ids)
         assert geoscale_layers(model)[0].weights_version != old
 
-    def test_scales_made_in_inference_mode_serve_training(self):
-        model, ids = patch_model(tiny_model("llama")), tokens(1, 20)
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"quantize_logits": True},
+            {"quantize_logits": True, "scaling": "delayed"},
+            pytest.param({"backend": "triton", "observe_logits": True}, marks=NEEDS_KERNELS[0]),
+        ],
+        ids=["certified", "logits", "delayed", "fused"],
+    )
+    def test_scales_made_in_inference_mode_serve_training(self, options):
+        device = DEVICE if "backend" in options else here()
+        model, ids = patch_model(tiny_model("llama").to(device), **options), tokens(1, 20).to(device)
         self.change(model, "norm gain")
         with torch.inference_mode():
-            mask = torch.ones(20, 20).tril().bool()[None, None]
+            mask = torch.ones(20, 20, device=device).tril().bool()[None, None]
             model(ids, attention_mask=mask)
             first = model(ids, attention_mask=mask).logits
             mask[..., 10:, :10] = False  # no version counter tells of this

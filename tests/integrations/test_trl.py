@@ -8,6 +8,7 @@ from hf_geoscale import GeoScaleCallback, UnsupportedModelError, geometry_report
 from hf_geoscale.integrations import geoscale_layers, patched_layers
 
 from ..cli.conftest import text_file, tiny_folder  # noqa: F401
+from ..conftest import here
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -19,7 +20,7 @@ ARGUMENTS = {
     "report_to": "none",
     "disable_tqdm": True,
     "save_strategy": "no",
-    "use_cpu": True,
+    "dataloader_pin_memory": False,  # collators build their tensors where the model is
     "learning_rate": 1e-3,
     "bf16": False,
     "gradient_checkpointing": False,
@@ -50,7 +51,7 @@ class TestSFT:
     def train(self, tiny_folder, tokenizer, tmp_path, patched=True, **options):  # noqa: F811
         run = trl.SFTTrainer(
             model=AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32),
-            args=trl.SFTConfig(output_dir=str(tmp_path), **ARGUMENTS | options),
+            args=trl.SFTConfig(output_dir=str(tmp_path), use_cpu=here().type == "cpu", **ARGUMENTS | options),
             train_dataset=datasets.Dataset.from_dict({"text": SENTENCES}),
             processing_class=tokenizer,
             callbacks=[GeoScaleCallback()] if patched else [],
@@ -87,7 +88,7 @@ PAIRS = {
 @pytest.mark.feature("TRL DPOTrainer")
 class TestDPO:
     def trainer(self, model, tokenizer, tmp_path, reference=None, callbacks=()):
-        arguments = {**ARGUMENTS, "max_length": 64}
+        arguments = {**ARGUMENTS, "max_length": 64, "use_cpu": here().type == "cpu"}
         return trl.DPOTrainer(
             model=model,
             ref_model=reference,

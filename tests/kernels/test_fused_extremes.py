@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_geoscale import fp8_attention
-from hf_geoscale.kernels import reference
+from hf_geoscale.kernels import AttentionStatistics, reference
 from hf_geoscale.kernels.backend import triton_missing
 
 from ..tolerances import FLOAT32_ROUNDOFF, OUTPUT_ERROR, matrix_unit_error
@@ -103,6 +103,23 @@ class TestExtremes:
             results[backend] = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
         assert all(torch.isfinite(x).all() for x in results["triton"])
         assert agree(results["triton"], results["reference"])
+
+    @pytest.mark.parametrize("value", [float("inf"), pytest.param(float("nan"), marks=pytest.mark.gpu)])
+    def test_a_gradient_that_is_no_number_is_counted_and_comes_out(self, value):
+        """Triton's interpreter casts NaN to a finite E4M3 number; CUDA's instruction keeps it."""
+        leaves, options = operands({"rows": 70})
+        counts = {}
+        for backend in ("triton", "reference"):
+            statistics = AttentionStatistics(observe_logits=True)
+            out = fp8_attention(*leaves, **options, backend=backend, statistics=statistics)
+            grad = torch.zeros_like(out)
+            torch.autograd.grad(out, leaves, grad, retain_graph=True)
+            assert statistics.overflows_by_operand["logit gradient"] == 0
+            grad[0, 0, 3, 5] = value
+            assert not any(torch.isfinite(x).all() for x in torch.autograd.grad(out, leaves, grad))
+            counts[backend] = statistics.overflows_by_operand
+        assert counts["triton"]["logit gradient"] > 0
+        assert counts["reference"]["logit gradient"] > 0
 
     @pytest.mark.parametrize("options", [{}, {"window": 50}, {"causal": False}], ids=str)
     def test_scales_that_change_between_groups_of_rows(self, options, monkeypatch):

@@ -11,6 +11,7 @@ from hf_geoscale.kernels import AttentionStatistics, Visibility, reference
 from hf_geoscale.kernels.philox import dropout_keep
 from hf_geoscale.scaling import E4M3, sqnr_db
 
+from ..conftest import here
 from ..tolerances import FLOAT32_ROUNDOFF, GRADIENT_ERROR, OUTPUT_ERROR, SQNR_FLOOR_DB
 
 
@@ -194,7 +195,7 @@ class TestRoundingPoints:
         monkeypatch.setattr(reference, "_probabilities", lambda *a: seen.append(original(*a)) or seen[-1])
         q, k, v = draw(rows=150)
         out = fp8_attention(30 * q, 30 * k, v, **scales(30 * q, 30 * k, v))  # |S| in the hundreds
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(here().type, dtype=torch.bfloat16):
             out.sum().backward()
         assert len(seen) == 6
         for forward, backward in zip(seen[:3], seen[3:], strict=True):
@@ -204,7 +205,7 @@ class TestRoundingPoints:
     def test_autocast_changes_nothing(self):
         q, k, v = draw()
         plain = fp8_attention(q, k, v, **scales(q, k, v))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(here().type, dtype=torch.bfloat16):
             cast = fp8_attention(q, k, v, **scales(q, k, v))
         assert torch.equal(plain, cast)
 
@@ -275,6 +276,16 @@ class TestDropout:
             outs.append(fp8_attention(q, k, v, **scales(q, k, v), dropout_p=0.5))
         assert torch.equal(*outs)
         assert not torch.equal(outs[0], fp8_attention(q, k, v, **scales(q, k, v), dropout_p=0.5))
+
+    def test_the_default_device_is_not_asked_for_a_seed(self):
+        """Checkpointing restores the generators of the CPU and of the operands' device, and of no other."""
+        q, k, v = (x.cpu() for x in draw(rows=16))
+        options = scales(q, k, v) | {"dropout_p": 0.5}
+        torch.manual_seed(1)
+        expected = fp8_attention(q, k, v, **options)
+        torch.manual_seed(1)
+        with torch.device("meta"):
+            assert torch.equal(fp8_attention(q, k, v, **options), expected)
 
 
 def test_philox_known_answers():

@@ -11,6 +11,8 @@ from hf_geoscale.config import AutoAlpha, Delayed
 from hf_geoscale.geometry import Projection, measure_layer
 from hf_geoscale.scaling import E4M3, CurrentScaling, DelayedScaling, GeometryScaling, QuantScales, strategy_of
 
+from ..conftest import here
+
 HEADS, KV_HEADS = 4, 2
 
 
@@ -27,7 +29,7 @@ class Call:
     q: float = 2.0
     logit: float = 3.0
     softcap: float | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = field(default_factory=here)
     heads: tuple[int, int] = (HEADS, KV_HEADS)
 
     def amax(self) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from .shared import (
     query_span,
     ring_barriers,
     skip_tiles,
+    store_rotated_back,
     store_tile,
     wait_free,
     wait_ready,
@@ -92,7 +93,7 @@ def load_tiles(
 @gluon.jit
 def multiply_tiles(
     context, WHICH: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
-    MIX: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGES: gl.constexpr,
+    MIX: gl.constexpr, TURNED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGES: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: dK and dV of the WHICH-th 64 keys of the block."""
     S: gl.constexpr = accumulator(BM)
@@ -104,7 +105,7 @@ def multiply_tiles(
     n_queries, n_keys, _ = lengths
     block_start, block_stop = span
     window, softmax_scale, n_groups, n_heads, n_kv_heads = scalars
-    p_q_quant_scale, p_k_quant_scale, p_range, p_span, p_group, p_dk, p_dv = pointers
+    p_q_quant_scale, p_k_quant_scale, p_range, p_span, p_group, p_cos, p_sin, p_dk, p_dv = pointers
     start_key = block_key + WHICH * ROWS
     batch, kv_head = i_kv // n_kv_heads, i_kv % n_kv_heads
     start, full_start, full_stop, stop = block_span(
@@ -162,13 +163,18 @@ def multiply_tiles(
                 mbarrier.arrive(free.index(stage), count=1)
                 turn += 1
             turn = skip_tiles(ready, free, turn, end, high, BM, STAGES)
-    dk *= dk_unit
+    stride_b, stride_h, stride_l, cos_b, cos_l = strides
     dv *= dv_unit
+    store_tile(p_dv, dv, batch, kv_head, start_key, n_keys, stride_b, stride_h, stride_l, D, DP)
+    dk *= dk_unit
     if MIX:
         dk = mix(dk, signs.index(0), DP, MIX)
-    stride_b, stride_h, stride_l = strides
-    store_tile(p_dk, dk, batch, kv_head, start_key, n_keys, stride_b, stride_h, stride_l, D, DP)
-    store_tile(p_dv, dv, batch, kv_head, start_key, n_keys, stride_b, stride_h, stride_l, D, DP)
+    if TURNED:
+        store_rotated_back(
+            p_dk, dk, p_cos, p_sin, batch, kv_head, start_key, n_keys, stride_b, stride_h, stride_l, cos_b, cos_l, D
+        )
+    else:
+        store_tile(p_dk, dk, batch, kv_head, start_key, n_keys, stride_b, stride_h, stride_l, D, DP)
 
 
 @gluon.jit
@@ -187,11 +193,15 @@ def key_gradient_kernel(
     p_range,  # (B, Lq, 2) int32, with RANGES
     p_span,  # (B, ⌈Lk / 64⌉, 4), with RANGES
     p_group,  # (B, Hq, groups, 4)
+    p_cos,  # (B or 1, Lk, D/2), with TURNED
+    p_sin,
     p_dk,  # (B, Hkv, Lk, D), strides dk_*
     p_dv,  # same strides
     dk_b,
     dk_h,
     dk_l,
+    cos_b,
+    cos_l,
     n_heads,
     n_kv_heads,
     n_queries,
@@ -205,6 +215,7 @@ def key_gradient_kernel(
     DP: gl.constexpr,
     BM: gl.constexpr,
     MIX: gl.constexpr,
+    TURNED: gl.constexpr,  # turn dK back through RoPE
     CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr,
     RANGES: gl.constexpr,
@@ -228,14 +239,14 @@ def key_gradient_kernel(
     barriers = ring_barriers(STAGES, CONSUMERS)
     place, lengths, span = (i_kv, start_key, i_kv * heads, heads), (n_queries, n_keys, n_padded), (start, stop)
     scalars = (window, softmax_scale, n_groups, n_heads, n_kv_heads)
-    pointers = (p_q_quant_scale, p_k_quant_scale, p_range, p_span, p_group, p_dk, p_dv)
-    strides = (dk_b, dk_h, dk_l)
+    pointers = (p_q_quant_scale, p_k_quant_scale, p_range, p_span, p_group, p_cos, p_sin, p_dk, p_dv)
+    strides = (dk_b, dk_h, dk_l, cos_b, cos_l)
     context = (tiles, barriers, place, lengths, span, scalars, pointers, strides)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
-                (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
+                (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES)),
+                (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES)),
                 (load_tiles, (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, MIX)),
             ],
             [4, 1],
@@ -244,9 +255,9 @@ def key_gradient_kernel(
     else:
         gl.warp_specialize(
             [
-                (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
-                (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
-                (multiply_tiles, (context, 2, GROUP, D, DP, BM, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
+                (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES)),
+                (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES)),
+                (multiply_tiles, (context, 2, GROUP, D, DP, BM, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES)),
                 (load_tiles, (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, MIX)),
             ],
             [4, 4, 1],

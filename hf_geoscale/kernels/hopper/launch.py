@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..launch import Call, query_spans
+from ..launch import Call, query_spans, rotate_back
 from .forward import forward_kernel
 from .key_gradient import key_gradient_kernel
 from .query_gradient import query_gradient_kernel
@@ -88,6 +88,11 @@ def _flags(call: Call) -> dict[str, bool | int]:
     return {name: flag for name, flag in call.flags.items() if name not in ("HIGH", "DROPOUT", "SOFTCAP", "LOGITS")}
 
 
+def _turns_back(call: Call) -> bool:
+    """Whether the kernels turn their gradients back through RoPE themselves: whole heads, in halves, without padding."""
+    return call.turned == call.dim == call.padded_dim and not call.interleaved
+
+
 def forward(call: Call, q8, k8, residual, v8, out, shift, row_sum, logit_max, overflow) -> None:
     """As the portable launch; `residual`, `logit_max` and `overflow` are not used."""
     batch, heads, n_queries, _ = q8.shape
@@ -112,9 +117,12 @@ def query_gradient(
     query_gradient_kernel[(triton.cdiv(n_queries, ring.block) * batch * heads,)](
         _tiles(q8, ROWS, dim), _tiles(k8, ring.length, dim), _tiles(k8_columns, dim, ring.length), _tiles(v8, ring.length, dim),
         _tiles(grad8, ROWS, dim), _signs(call), *call.scales, call.key_range, shift,
-        row_factor, row_delta, group, dq, *dq.stride()[:3], heads, kv_heads, n_queries, n_keys, group.shape[2], call.window,
-        call.softmax_scale, GROUP=call.group_rows, BN=ring.length, MIX=call.mix, **_flags(call), **ring.launch,
+        row_factor, row_delta, group, call.cos, call.sin, dq, *dq.stride()[:3], *call.angle_strides, heads, kv_heads, n_queries,
+        n_keys, group.shape[2], call.window, call.softmax_scale, GROUP=call.group_rows, BN=ring.length, MIX=call.mix,
+        TURNED=_turns_back(call), **_flags(call), **ring.launch,
     )  # fmt: skip
+    if not _turns_back(call):
+        rotate_back(call, dq)
 
 
 def key_gradient(
@@ -129,7 +137,10 @@ def key_gradient(
         _tiles(q8, ring.length, dim), _tiles(q8_columns, dim, ring.length), _tiles(k8, ROWS, dim), _tiles(v8, ROWS, dim),
         _tiles(grad8, ring.length, dim), _tiles(grad8_columns, dim, ring.length), _vectors(group_shift, ring.length),
         _vectors(group_delta, ring.length), _signs(call), *call.scales[:2], call.key_range,
-        query_spans(call, batch, n_queries, n_keys, ROWS, ring.length), group, dk, dv, *dk.stride()[:3], heads, kv_heads,
-        n_queries, n_keys, group_shift.shape[2], group.shape[2], call.window, call.softmax_scale, GROUP=call.group_rows,
-        BM=ring.length, MIX=call.mix, **_flags(call), **ring.launch,
+        query_spans(call, batch, n_queries, n_keys, ROWS, ring.length), group, call.cos, call.sin, dk, dv, *dk.stride()[:3],
+        *call.angle_strides, heads, kv_heads, n_queries, n_keys, group_shift.shape[2], group.shape[2], call.window,
+        call.softmax_scale, GROUP=call.group_rows, BM=ring.length, MIX=call.mix, TURNED=_turns_back(call), **_flags(call),
+        **ring.launch,
     )  # fmt: skip
+    if not _turns_back(call):
+        rotate_back(call, dk)

@@ -18,6 +18,7 @@ from .shared import (
     ring_barriers,
     row_bounds,
     skip_tiles,
+    store_rotated_back,
     store_tile,
     wait_free,
     wait_ready,
@@ -55,7 +56,7 @@ def load_tiles(
 @gluon.jit
 def multiply_tiles(
     context, WHICH: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    MIX: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGES: gl.constexpr,
+    MIX: gl.constexpr, TURNED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGES: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: dQ of the WHICH-th 64 rows of the block."""
     LOWER: gl.constexpr = WINDOW or RANGES
@@ -67,9 +68,9 @@ def multiply_tiles(
     i_head, i_kv, block_row, n_queries, n_keys = place
     block_start, block_stop = span
     window, softmax_scale, n_groups, n_heads, n_kv_heads = scalars
-    p_q_quant_scale, p_k_quant_scale, p_v_quant_scale, p_range, p_shift, p_row_factor, p_row_delta, p_group, p_dq = (
-        pointers
-    )
+    (
+        p_q_quant_scale, p_k_quant_scale, p_v_quant_scale, p_range, p_shift, p_row_factor, p_row_delta, p_group, p_cos, p_sin, p_dq,
+    ) = pointers  # fmt: skip
     start_row = block_row + WHICH * ROWS
     batch, head, kv_head = i_head // n_heads, i_head % n_heads, i_kv % n_kv_heads
     rows = start_row + gl.arange(0, ROWS, ROW)
@@ -114,8 +115,13 @@ def multiply_tiles(
     dq *= gl.convert_layout(unit / row_factor, gl.SliceLayout(1, accumulator(DP)))[:, None]
     if MIX:
         dq = mix(dq, signs.index(0), DP, MIX)
-    stride_b, stride_h, stride_l = strides
-    store_tile(p_dq, dq, batch, head, start_row, n_queries, stride_b, stride_h, stride_l, D, DP)
+    stride_b, stride_h, stride_l, cos_b, cos_l = strides
+    if TURNED:
+        store_rotated_back(
+            p_dq, dq, p_cos, p_sin, batch, head, start_row, n_queries, stride_b, stride_h, stride_l, cos_b, cos_l, D
+        )
+    else:
+        store_tile(p_dq, dq, batch, head, start_row, n_queries, stride_b, stride_h, stride_l, D, DP)
 
 
 @gluon.jit
@@ -134,10 +140,14 @@ def query_gradient_kernel(
     p_row_factor,
     p_row_delta,
     p_group,  # (B, Hq, groups, 4)
+    p_cos,  # (B or 1, Lq, D/2), with TURNED
+    p_sin,
     p_dq,  # (B, Hq, Lq, D), strides dq_*
     dq_b,
     dq_h,
     dq_l,
+    cos_b,
+    cos_l,
     n_heads,
     n_kv_heads,
     n_queries,
@@ -150,6 +160,7 @@ def query_gradient_kernel(
     DP: gl.constexpr,
     BN: gl.constexpr,
     MIX: gl.constexpr,
+    TURNED: gl.constexpr,  # turn dQ back through RoPE
     CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr,
     RANGES: gl.constexpr,
@@ -170,16 +181,16 @@ def query_gradient_kernel(
     )  # fmt: skip
     barriers = ring_barriers(STAGES, CONSUMERS)
     place, span = (i_head, i_kv, start_row, n_queries, n_keys), (start, stop)
-    scalars, strides = (window, softmax_scale, n_groups, n_heads, n_kv_heads), (dq_b, dq_h, dq_l)
+    scalars, strides = (window, softmax_scale, n_groups, n_heads, n_kv_heads), (dq_b, dq_h, dq_l, cos_b, cos_l)
     pointers = (
-        p_q_quant_scale, p_k_quant_scale, p_v_quant_scale, p_range, p_shift, p_row_factor, p_row_delta, p_group, p_dq,
+        p_q_quant_scale, p_k_quant_scale, p_v_quant_scale, p_range, p_shift, p_row_factor, p_row_delta, p_group, p_cos, p_sin, p_dq,
     )  # fmt: skip
     context = (tiles, barriers, place, span, scalars, pointers, strides)
     gl.warp_specialize(
         [
-            (multiply_tiles, (context, 0, GROUP, D, DP, BN, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
-            (multiply_tiles, (context, 1, GROUP, D, DP, BN, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
-            (multiply_tiles, (context, 2, GROUP, D, DP, BN, STAGES, MIX, CAUSAL, WINDOW, RANGES)),
+            (multiply_tiles, (context, 0, GROUP, D, DP, BN, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES)),
+            (multiply_tiles, (context, 1, GROUP, D, DP, BN, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES)),
+            (multiply_tiles, (context, 2, GROUP, D, DP, BN, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES)),
             (load_tiles, (descriptors, tiles, barriers, place, span, D, BN, STAGES, CONSUMERS, MIX)),
         ],
         [4, 4, 1],

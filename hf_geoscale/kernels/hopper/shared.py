@@ -147,6 +147,26 @@ def store_tile(p, x, batch, head, start, n_rows, stride_b, stride_h, stride_l, D
 
 
 @gluon.jit
+def store_rotated_back(
+    p, x, p_cos, p_sin, batch, head, start, n_rows, stride_b, stride_h, stride_l, cos_b, cos_l, D: gl.constexpr
+):  # fmt: skip
+    """Turn a gradient accumulator (64, D) back (`quantize.load_rotated` with BACK) and store it as `store_tile` does.
+
+    Channels d and d + D/2 of a row are registers of the same thread.
+    """
+    HALF: gl.constexpr = D // 2
+    left, right = halves(x)
+    layout: gl.constexpr = left.type.layout
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
+    angle = rows * cos_l + gl.arange(0, HALF, gl.SliceLayout(0, layout))[None, :]
+    o_base = batch.to(gl.int64) * cos_b + start.to(gl.int64) * cos_l
+    cos = gl.load(p_cos + o_base + angle, mask=start + rows < n_rows, other=0.0).to(gl.float32)
+    sin = gl.load(p_sin + o_base + angle, mask=start + rows < n_rows, other=0.0).to(gl.float32)
+    store_tile(p, left * cos + right * sin, batch, head, start, n_rows, stride_b, stride_h, stride_l, HALF, HALF)
+    store_tile(p + HALF, right * cos - left * sin, batch, head, start, n_rows, stride_b, stride_h, stride_l, HALF, HALF)
+
+
+@gluon.jit
 def block_of_rows(
     p_range, n_heads, n_queries, n_keys, window, BN: gl.constexpr, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr, RANGES: gl.constexpr,

@@ -1,0 +1,208 @@
+"""The fused front end: raw projections go to the kernels, and nothing but round-off tells."""
+
+import copy
+import types
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from hf_geoscale import geometry_report, patch_model, unpatch_model
+from hf_geoscale.integrations import geoscale_layers
+from hf_geoscale.integrations.front_end import FusedForward
+from hf_geoscale.kernels.backend import triton_missing
+
+from ..conftest import tiny_model, tokens
+from ..kernels.conftest import hardware_rounding  # noqa: F401 - a fixture
+from ..tolerances import FLIPPED_ROUNDINGS, FUSED_ERROR
+from .compare import relative
+
+FUSED = ["llama", "llama-bias-yarn", "mistral", "mistral-window", "qwen2", "qwen3", "gpt2", "gpt2-inverse-layer"]
+
+
+def step(model, ids: torch.Tensor, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and all gradients as one vector."""
+    model.zero_grad()
+    out = model(input_ids=ids, labels=ids, use_cache=False, **inputs)
+    out.loss.backward()
+    return out.logits.detach(), torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+
+
+def attention_of(model):
+    return geoscale_layers(model)[0].site.attention
+
+
+@pytest.mark.feature("fused front end")
+class TestAgainstTheInterface:
+    @pytest.mark.parametrize("family", FUSED)
+    def test_results_are_those_of_the_interface_path(self, family):
+        model, ids = tiny_model(family), tokens(2, 40)
+        logits, grads = step(patch_model(model, backend="reference", fused_front_end=False), ids)
+        fused_logits, fused_grads = step(patch_model(model, backend="reference", fused_front_end=True), ids)
+        assert relative(fused_logits, logits) < FLIPPED_ROUNDINGS
+        assert relative(fused_grads, grads) < 4 * FLIPPED_ROUNDINGS  # of six rounded factors instead of two
+        assert [row["fused_calls"] for row in geometry_report(model).rows] == [1, 1]
+
+    @pytest.mark.usefixtures("hardware_rounding")
+    @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+    def test_kernels_agree_too(self, family):
+        model, ids = tiny_model(family), tokens(1, 33)
+        if reason := triton_missing(ids.device):
+            pytest.skip(reason)
+        logits, grads = step(patch_model(model, backend="triton", fused_front_end=False), ids)
+        fused_logits, fused_grads = step(patch_model(model, backend="triton", fused_front_end=True), ids)
+        assert relative(fused_logits, logits) < FUSED_ERROR
+        assert relative(fused_grads, grads) < 2 * FUSED_ERROR
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_masks_reach_it(self, family):
+        model, ids = tiny_model(family), tokens(2, 40)
+        mask = torch.ones_like(ids)
+        mask[0, :9] = mask[1, 30:] = 0
+        plain = patch_model(model, backend="reference", fused_front_end=False)(ids, attention_mask=mask).logits
+        fused = patch_model(model, backend="reference")(ids, attention_mask=mask, use_cache=False).logits
+        seen = mask.bool()
+        assert relative(fused[seen], plain[seen]) < FLIPPED_ROUNDINGS
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_calls_that_go_to_sdpa_are_rotated_first(self, family):
+        model, ids = tiny_model(family), tokens(1, 40)
+        holes = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+        holes[..., 5:, 2] = False
+        bias = torch.zeros(holes.shape).masked_fill(~holes, torch.finfo(torch.float32).min)
+        plain = model(ids, attention_mask=bias).logits
+        patch_model(model, backend="reference", fallback="sdpa")
+        torch.testing.assert_close(model(ids, attention_mask=bias, use_cache=False).logits, plain)
+        assert [row["fused_calls"] for row in geometry_report(model).rows] == [0, 0]
+
+
+@pytest.mark.feature("fused front end")
+class TestWhichCalls:
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_a_cache_takes_the_original_forward(self, family):
+        model, ids = tiny_model(family), tokens(1, 70)
+        interface = patch_model(model, fused_front_end=False).generate(ids, max_new_tokens=4, do_sample=False)
+        assert torch.equal(patch_model(model).generate(ids, max_new_tokens=4, do_sample=False), interface)
+        assert geometry_report(model).rows[0]["fused_calls"] == 0
+
+    def test_other_scalings_keep_to_the_interface(self):
+        model = patch_model(tiny_model("llama"), scaling="delayed")
+        assert "forward" not in attention_of(model).__dict__
+        assert "delayed" in geometry_report(model).rows[0]["front_end"]
+
+    def test_a_replaced_forward_is_left_alone(self, monkeypatch):
+        def forward(self, *args, **kwargs):
+            return super(LlamaAttention, self).forward(*args, **kwargs)
+
+        forward.__module__ = "some_library.patches"
+        monkeypatch.setattr(LlamaAttention, "forward", forward)
+        model = patch_model(tiny_model("llama"))
+        assert "forward" not in attention_of(model).__dict__
+        assert geometry_report(model).rows[0]["front_end"] == "some_library.patches replaced its forward"
+
+    def test_a_class_without_one_says_so(self):
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+        shape = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+        model = patch_model(GPTNeoXForCausalLM(GPTNeoXConfig(**shape, num_attention_heads=4)).eval())
+        assert geometry_report(model).rows[0]["front_end"] == "GPTNeoXAttention has no fused forward"
+
+    def test_another_implementation_set_later_is_honoured(self):
+        model, ids = tiny_model("llama"), tokens(1, 20)
+        plain = model(ids, use_cache=False).logits
+        patch_model(model).set_attn_implementation("sdpa")
+        assert torch.equal(model(ids, use_cache=False).logits, plain)
+
+
+class TestReversible:
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_unpatching_removes_it(self, family):
+        model = patch_model(tiny_model(family))
+        assert isinstance(attention_of(model).forward, FusedForward)
+        attention = attention_of(model)
+        unpatch_model(model)
+        assert "forward" not in attention.__dict__
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_a_wrapped_one_calls_the_original_after_unpatching(self, family):
+        """As accelerate's hooks do: they keep the forward they found and call it."""
+        model, ids = tiny_model(family), tokens(1, 20)
+        plain = model(ids, use_cache=False).logits
+        attention = attention_of(patch_model(model))
+        kept = attention.forward
+        attention.forward = types.MethodType(lambda self, *args, **kwargs: kept(*args, **kwargs), attention)
+        unpatch_model(model)
+        assert torch.equal(model(ids, use_cache=False).logits, plain)
+
+    def test_a_copy_runs_by_itself(self):
+        model, ids = patch_model(tiny_model("llama")), tokens(1, 20)
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            attention_of(model).q_proj.weight.zero_()
+        assert attention_of(other).forward.attention is attention_of(other)
+        assert not torch.equal(model(ids, use_cache=False).logits, other(ids, use_cache=False).logits)
+        assert geometry_report(other).rows[0]["fused_calls"] == 1
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that wrote tensors as large as the keys; views write none."""
+
+    def __init__(self, numel: int):
+        super().__init__()
+        self.numel, self.names = numel, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, torch.Tensor)]
+        inputs = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        if any(x.numel() >= self.numel and x.untyped_storage().data_ptr() not in inputs for x in tensors):
+            self.names.append(function.overloadpacket.__name__)
+        return result
+
+
+@pytest.mark.usefixtures("hardware_rounding")
+class TestNothingStandsBetween:
+    """Between projections and kernels, forward and backward, no pass over memory is left."""
+
+    LENGTH = 64
+
+    def run(self, family: str) -> tuple[list[str], list[torch.Tensor]]:
+        """What wrote large tensors, forward and backward of one bfloat16 attention; and what autograd kept."""
+        model = patch_model(tiny_model(family).bfloat16().train(), backend="triton")
+        if reason := triton_missing(model.device):
+            pytest.skip(reason)
+        attention = attention_of(model)
+        for module in attention.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        hidden = torch.randn(1, self.LENGTH, 64, dtype=torch.bfloat16).requires_grad_()
+        arguments = {"attention_mask": None}
+        if family != "gpt2":
+            arguments["position_embeddings"] = model.model.rotary_emb(hidden, torch.arange(self.LENGTH)[None])
+        attention(hidden, **arguments)  # measures the weights
+        kept: list[torch.Tensor] = []
+        keys = self.LENGTH * 2 * 16
+        with (
+            Operations(keys) as operations,
+            torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
+        ):
+            out, _ = attention(hidden, **arguments)
+            grad = torch.ones_like(out)
+            out.backward(grad)
+        return operations.names, kept
+
+    @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gpt2"])
+    def test_no_elementwise_operation(self, family):
+        names, _ = self.run(family)
+        products = {"mm", "addmm", "fp8_attention", "fp8_attention_backward"}
+        # the gradient of hidden is a sum over the projections; parameters may get theirs by a copy
+        others = [name for name in names if name not in products]
+        assert sorted(others) == (["ones_like"] if family == "gpt2" else ["add", "add", "ones_like"])
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_the_backward_keeps_no_rotated_operand(self, family):
+        """FP8 operands, O in BF16, and what the projections keep anyway: hidden states, weights and (o_proj's input) O."""
+        _, kept = self.run(family)
+        operands = [x for x in kept if x.dim() == 4 and x.numel() >= self.LENGTH * 2 * 16]
+        assert sorted(str(x.dtype) for x in operands) == ["torch.bfloat16"] + 3 * ["torch.float8_e4m3fn"]
