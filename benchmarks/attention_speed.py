@@ -48,7 +48,16 @@ class Ours:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, shape: Shape, high: bool = False):
         self.operands, self.grad = (q.detach(), k.detach(), v.detach()), grad
         self.scales = tuple(quant_scale(x) for x in self.operands)
-        self.options = (shape.dim**-0.5, 0.0, shape.causal, shape.window or 0, 0.0, True)
+        absent = ("key_range", "dropout_seed", "gradient_overflow", "logit_quant_scale", "cos", "sin")
+        self.options = dict.fromkeys(absent) | {
+            "interleaved": False,
+            "softmax_scale": shape.dim**-0.5,
+            "softcap": 0.0,
+            "causal": shape.causal,
+            "window": shape.window or 0,
+            "dropout_p": 0.0,
+            "incoherent": True,
+        }
         self.high = high
         self.kernels = {}
         self.whole_both()
@@ -57,17 +66,14 @@ class Ours:
         return {}
 
     def whole_forward(self) -> Tensor:
-        nothing = (None, None, None, None)
-        self.saved = fused.attention_forward(
-            *self.operands, *self.scales, *nothing, *self.options, self.high, False, False
-        )
+        counters = {"count": False, "observe": False}
+        self.saved = fused.attention_forward(*self.operands, *self.scales, **self.options, high=self.high, **counters)
         return self.saved[0]
 
     def whole_backward(self) -> tuple[Tensor, ...]:
-        dtypes = (torch.bfloat16,) * 3
-        return fused.attention_backward(
-            self.grad, *self.saved[:8], *self.scales, None, None, None, None, *self.options, *dtypes
-        )
+        dtypes = dict.fromkeys(("q_dtype", "k_dtype", "v_dtype"), torch.bfloat16)
+        saved = self.saved[:8]
+        return fused.attention_backward(self.grad, *saved, *self.scales, **self.options, packed=False, **dtypes)
 
     def whole_both(self) -> tuple[Tensor, ...]:
         return self.whole_forward(), *self.whole_backward()

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from hf_geoscale import fp8_attention
 
+from .kernels.conftest import hardware_rounding  # noqa: F401, a fixture
+
 pytestmark = pytest.mark.cpu
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -123,6 +125,23 @@ def test_an_odd_length_drops_what_is_wrong_and_keeps_what_does_not_run(gate, mon
     assert list(reasons) == ["c BF16"]
     assert "at 67 tokens" in reasons["c BF16"]
     assert "b BF16, 67 tokens: RuntimeError: odd" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("hardware_rounding")
+def test_the_benchmark_calls_the_ops_as_they_are(gate):
+    pytest.importorskip("triton")
+    speed = importlib.import_module("attention_speed")
+    problem = gate.Gate(sys.modules["rivals"].Shape(1, 67, 2, 1, 64), "cpu")
+    results = []
+    for name in ("hf_geoscale FP8", "hf_geoscale FP8, autograd"):
+        reason, errors = problem.check(name, speed.CONTENDERS[name])
+        assert reason is None
+        results.append(errors)
+    assert results[0] == results[1]
+    ours = speed.Ours(*problem.tensors, problem.shape)
+    ours.forward()
+    ours.backward()
+    assert list(ours.kernels) == ["forward", "query_gradient", "key_gradient"]
 
 
 def test_the_page_says_what_is_not_timed_and_how_many_plans_were_tried(gate, monkeypatch, tmp_path, capsys):
