@@ -16,6 +16,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import cudnn_fp8
 import torch
 import triton
 from cudnn_fp8 import CudnnFp8, CudnnFp8IdleWindow
@@ -47,7 +48,16 @@ class Ours:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, shape: Shape, high: bool = False):
         self.operands, self.grad = (q.detach(), k.detach(), v.detach()), grad
         self.scales = tuple(quant_scale(x) for x in self.operands)
-        self.options = (shape.dim**-0.5, 0.0, shape.causal, shape.window or 0, 0.0, True)
+        absent = ("key_range", "dropout_seed", "gradient_overflow", "logit_quant_scale", "cos", "sin")
+        self.options = dict.fromkeys(absent) | {
+            "interleaved": False,
+            "softmax_scale": shape.dim**-0.5,
+            "softcap": 0.0,
+            "causal": shape.causal,
+            "window": shape.window or 0,
+            "dropout_p": 0.0,
+            "incoherent": True,
+        }
         self.high = high
         self.kernels = {}
         self.whole_both()
@@ -56,17 +66,14 @@ class Ours:
         return {}
 
     def whole_forward(self) -> Tensor:
-        nothing = (None, None, None, None)
-        self.saved = fused.attention_forward(
-            *self.operands, *self.scales, *nothing, *self.options, self.high, False, False
-        )
+        counters = {"count": False, "observe": False}
+        self.saved = fused.attention_forward(*self.operands, *self.scales, **self.options, high=self.high, **counters)
         return self.saved[0]
 
     def whole_backward(self) -> tuple[Tensor, ...]:
-        dtypes = (torch.bfloat16,) * 3
-        return fused.attention_backward(
-            self.grad, *self.saved[:8], *self.scales, None, None, None, None, *self.options, *dtypes
-        )
+        dtypes = dict.fromkeys(("q_dtype", "k_dtype", "v_dtype"), torch.bfloat16)
+        saved = self.saved[:8]
+        return fused.attention_backward(self.grad, *saved, *self.scales, **self.options, packed=False, **dtypes)
 
     def whole_both(self) -> tuple[Tensor, ...]:
         return self.whole_forward(), *self.whole_backward()
@@ -195,20 +202,22 @@ def measure(models: list[str], lengths: list[int]) -> tuple[list[dict], dict[str
     return rows, not_timed
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
+    parser.add_argument(
+        "--plans", type=int, default=cudnn_fp8.PLANS, help="cuDNN FP8 execution plans tried; default %(default)s"
+    )
     parser.add_argument("--output", type=Path, help="path without suffix for .jsonl, .md and .png; default: print only")
     parser.add_argument("--render", type=Path, help="make table and plot from an earlier .jsonl instead of measuring")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.render:
         host, *rows = [json.loads(line) for line in arguments.render.read_text().splitlines()]
     else:
-        host, rows = (
-            environment("transformer_engine", "nvidia-cudnn-frontend"),
-            measure(arguments.models, arguments.lengths),
-        )
+        cudnn_fp8.PLANS = arguments.plans
+        rows, not_timed = measure(arguments.models, arguments.lengths)
+        host = environment("transformer_engine", "nvidia-cudnn-frontend") | {"not_timed": not_timed}
     table = to_markdown(rows, host)
     print(table)
     if arguments.output:

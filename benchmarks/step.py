@@ -36,6 +36,8 @@ from step_timing import (
 )
 from torch import Tensor
 
+from hf_geoscale.integrations import geoscale_layers
+
 SETTINGS = {  # gradient checkpointing, torch.compile
     "checkpointing": (True, False),
     "plain": (False, False),
@@ -81,6 +83,17 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, (torch.cuda.OutOfMemoryError, OutOfMemory)):
         return "out of memory"
     return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+
+
+def counters(contender: Contender) -> dict[str, int]:
+    """Of all layers and steps: calls in FP8, those with the fused front end, calls on SDPA, overflows."""
+    layers = geoscale_layers(contender.model)
+    return {
+        "calls": sum(layer.calls for layer in layers),
+        "fused_calls": sum(layer.fused_calls for layer in layers),
+        "fallback_calls": sum(layer.delegated.total() for layer in layers),
+        "overflows": sum(layer.statistics.overflows for layer in layers),
+    }
 
 
 class Comparison:
@@ -184,8 +197,11 @@ class Comparison:
         }
         measured = {name: asdict(times) for name, times in self.times.items() if name in self.contenders}
         statuses = dict.fromkeys(measured, "ok") | self.status
+        counts = {name: counters(x) for name, x in self.contenders.items() if x.ours}
         return [
-            shared | {"contender": name, "status": status, "times": measured.get(name), "environment": host}
+            shared
+            | {"contender": name, "status": status, "times": measured.get(name), "environment": host}
+            | ({"counters": counts[name]} if name in counts else {})
             for name, status in sorted(statuses.items(), key=lambda item: (*CONTENDERS, "specification").index(item[0]))
         ]
 

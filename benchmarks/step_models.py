@@ -137,7 +137,8 @@ ATTENTIONS = {"SDPA": "sdpa", "SDPA cuDNN": CUDNN, "SDPA flash": FLASH, "Liger +
 """Names in transformers; "SDPA" lets torch choose the backend."""
 
 SDPA = ("SDPA cuDNN", "SDPA flash", "SDPA")
-CONTENDERS = (*SDPA, "Liger + SDPA cuDNN", "hf_geoscale", "Liger + hf_geoscale")
+UNFUSED = "hf_geoscale, no fused front end"
+CONTENDERS = (*SDPA, "Liger + SDPA cuDNN", "hf_geoscale", UNFUSED, "Liger + hf_geoscale")
 
 
 def contend(name: str, base: PreTrainedModel, checkpointing: bool, **overrides) -> Contender:
@@ -155,9 +156,9 @@ def contend(name: str, base: PreTrainedModel, checkpointing: bool, **overrides) 
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": False})
     replaced = apply_liger(model) if name.startswith("Liger") else {}
-    ours = name.endswith("hf_geoscale")
+    ours = "hf_geoscale" in name
     if ours:
-        patch_model(model, **overrides)
+        patch_model(model, **({"fused_front_end": False} if name == UNFUSED else {}), **overrides)
     else:
         model.set_attn_implementation(ATTENTIONS[name])
     return Contender(name, model, ours, replaced)

@@ -67,7 +67,9 @@ def ratio(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
 
 
 def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    head = [f"{row['length']:,}", str(row["layers"] or "–"), row["contender"]]
+    elsewhere = row.get("counters", {}).get("fallback_calls")
+    name = row["contender"] + (f" ({elsewhere} calls on SDPA)" if elsewhere else "")
+    head = [f"{row['length']:,}", str(row["layers"] or "–"), name]
     if row["status"] != "ok":
         return [*head, row["status"].replace("|", "/"), *["–"] * (len(COLUMNS) - len(head) - 1)]
     times = row["times"]
@@ -126,7 +128,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             chosen = [r for r in mine if (r["setting"], r["contender"]) == (setting, name)]
             points = [(r["length"], x) for r in chosen if (x := ratio(r, rows)) is not None]
             if points:
-                dashes = "-" if name.endswith(OURS) else ":"
+                dashes = "-" if OURS in name else ":"
                 axis.plot(*zip(*points, strict=True), dashes, marker="o", label=f"{name}, {setting}")
         axis.axhline(1.0, color="grey", linewidth=0.8)
         axis.set(title=model + (f", window {window:,}" if window else ""), xlabel="tokens", xscale="log")

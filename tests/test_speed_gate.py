@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from hf_geoscale import fp8_attention
 
+from .kernels.conftest import hardware_rounding  # noqa: F401, a fixture
+
 pytestmark = pytest.mark.cpu
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -17,10 +19,12 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 @pytest.fixture(scope="module")
 def gate():
     sys.path.insert(0, str(BENCHMARKS))
+    before = set(sys.modules)
     yield importlib.import_module("speed_gate")
     sys.path.remove(str(BENCHMARKS))
-    for name in ("speed_gate", "rivals"):
-        sys.modules.pop(name, None)
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +125,54 @@ def test_an_odd_length_drops_what_is_wrong_and_keeps_what_does_not_run(gate, mon
     assert list(reasons) == ["c BF16"]
     assert "at 67 tokens" in reasons["c BF16"]
     assert "b BF16, 67 tokens: RuntimeError: odd" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("hardware_rounding")
+def test_the_benchmark_calls_the_ops_as_they_are(gate):
+    pytest.importorskip("triton")
+    speed = importlib.import_module("attention_speed")
+    problem = gate.Gate(sys.modules["rivals"].Shape(1, 67, 1, 1, 64), "cpu")
+    results = []
+    for name in ("hf_geoscale FP8", "hf_geoscale FP8, autograd"):
+        reason, errors = problem.check(name, speed.CONTENDERS[name])
+        assert reason is None
+        results.append(errors)
+    assert results[0] == results[1]
+    ours = speed.Ours(*problem.tensors, problem.shape)
+    ours.forward()
+    ours.backward()
+    assert list(ours.kernels) == ["forward", "query_gradient", "key_gradient"]
+
+
+def test_the_page_says_what_is_not_timed_and_how_many_plans_were_tried(gate, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("triton")
+    speed = importlib.import_module("attention_speed")
+    row = {
+        **{
+            "model": "m",
+            "batch": 1,
+            "length": 64,
+            "name": "cuDNN FP8",
+            "forward_flops": 1e9,
+            "gate_errors": {"O": 0.05},
+        },
+        "ms": {"whole forward": [1, 2, 3], "whole both": [4, 5, 6]},
+        "plans_tried": {"forward": 2, "backward": 3},
+    }
+    rows = [
+        row,
+        row | {"length": 128, "plans_tried": {"forward": 1, "backward": 3}},
+        row | {"name": "a", "plans_tried": {}},
+    ]
+    monkeypatch.setattr(speed, "measure", lambda *_: (rows, {"m": {"theirs": "ImportError: needs it"}}))
+    speed.main(["--output", str(tmp_path / "speed")])
+    page = (tmp_path / "speed.md").read_text()
+    assert "| 1 × 64 | cuDNN FP8 | – | – | 2.00 | 5.00 | – | .050 |" in page
+    assert "cuDNN FP8: the fastest of its plans at each length, of forward 1–2, backward 3." in page
+    assert "Not timed: theirs (ImportError: needs it)." in page
+    capsys.readouterr()
+    speed.main(["--render", str(tmp_path / "speed.jsonl")])
+    assert capsys.readouterr().out.strip() == page.strip()
 
 
 def test_published_errors(gate):

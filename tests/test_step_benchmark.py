@@ -62,6 +62,9 @@ def test_a_run_and_its_page(step, tmp_path, capsys):
         first = row["first_steps"]
         assert abs(first["hf_geoscale"]["norm"] / first["SDPA flash"]["norm"] - 1) < first["allowed"]["norm"] < 0.5
         assert len(row["times"]["step"]) == 2
+        if row["contender"] == "hf_geoscale":
+            assert row["counters"]["calls"] > 0
+            assert row["counters"]["fallback_calls"] == row["counters"]["overflows"] == 0
         assert len(row["times"]["refresh"]) == (2 if row["contender"] == "hf_geoscale" else 0)
         assert all(a > b for a, b in zip(row["times"]["step"], row["times"]["refresh"], strict=False))
     step.main([*options, "--output", str(records)])
@@ -151,6 +154,7 @@ def test_ratios_are_to_the_faster_sdpa_of_the_last_rows(step):
     assert len(kept) == 3
     assert report.ratio(kept[-1], kept) == 10.0 / 8.0
     assert report.ratio(row("hf_geoscale", 8.0, layers=3), kept) is None
+    assert "hf_geoscale (3 calls on SDPA)" in report.cells(kept[-1] | {"counters": {"fallback_calls": 3}}, kept)
 
 
 def test_liger_leaves_the_modelling_file_as_it_was(step):
