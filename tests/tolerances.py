@@ -47,6 +47,11 @@ FUSED_ERROR = E4M3_NOISE
 """Fused kernels against the reference: P̃ is rounded against the running row maximum instead of the final one, which moves P̃8 (and,
 through δ, dS8) by up to one independent rounding."""
 
+FUSED_RUNS = 2 * FUSED_ERROR
+"""Between outputs, or gradients, of two fused runs whose P̃ is rounded against other running maxima (tiles start at other keys in
+packed or padded rows, or in a window's cache), or whose q and k are rounded to BF16 before RoPE in one and after it in the other:
+each is within FUSED_ERROR of the reference, so by the triangle inequality they are within twice that of each other."""
+
 FUSED_LOGITS = 2.0**-8
 """Relative change of the largest |logit| against the reference: products of q8 and k8 are exact and their sums differ by float32
 round-off, but sums in another order inside the Hadamard mix flip a few roundings of q8 and k8. Observed: 2⁻¹⁰."""

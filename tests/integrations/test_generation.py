@@ -7,10 +7,12 @@ from transformers import DynamicCache, StaticCache
 from hf_geoscale import UnsupportedAttentionError, geometry_report, patch_model
 from hf_geoscale.integrations import geoscale_layers
 from hf_geoscale.integrations.masks import CONTINUATION_ROWS
+from hf_geoscale.kernels.backend import triton_missing
 
 from ..conftest import tiny_model, tokens
-from ..tolerances import FLIPPED_ROUNDINGS, FUSED_ERROR, OUTPUT_ERROR
-from .compare import calls, relative
+from ..kernels.conftest import hardware_rounding  # noqa: F401 - a fixture
+from ..tolerances import FLIPPED_ROUNDINGS, FUSED_RUNS, OUTPUT_ERROR
+from .compare import calls, relative, same_attention
 
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "disable_compile": True}
 FAMILIES = ["llama", "gpt2", "mistral-window"]
@@ -50,7 +52,7 @@ class TestCaches:
     def test_the_prompt_of_a_static_cache(self, family, padded):
         model, (ids, mask) = tiny_model(family), left_padded(12)
         given = {"attention_mask": mask} if padded else {}
-        patch_model(model)
+        patch_model(model, fused_front_end=False)  # only calls without a cache take it, and it rounds elsewhere
         expected = model(ids, use_cache=False, **given).logits
         with torch.no_grad():
             ours = model(ids, past_key_values=new_cache("static", model), use_cache=True, **given).logits
@@ -86,13 +88,14 @@ class TestCaches:
 
     @pytest.mark.feature("chunked prefill")
     def test_a_continuation_is_the_same_attention(self, family):
-        model, ids = patch_model(tiny_model(family)), tokens(1, 150)
-        with torch.no_grad():
-            whole = model(ids, use_cache=False).logits
-            chunks = in_chunks(model, ids, (70, 80), DynamicCache(config=model.config))
-        # A window's cache drops old keys, so tiles of the fused kernels start at other keys and P̃ is rounded against other maxima.
-        other_tiles = family == "mistral-window" and ids.is_cuda
-        assert relative(chunks, whole) < (FUSED_ERROR if other_tiles else FLIPPED_ROUNDINGS)
+        model, ids = tiny_model(family), tokens(1, 150)
+        for backend, tolerance in same_attention().items():
+            patch_model(model, backend=backend, fused_front_end=False)
+            with torch.no_grad():
+                whole = model(ids, use_cache=False).logits
+                chunks = in_chunks(model, ids, (70, 80), DynamicCache(config=model.config))
+            # a window's cache drops old keys, so tiles of the fused kernels start at other keys
+            assert relative(chunks, whole) < (tolerance if family == "mistral-window" else FLIPPED_ROUNDINGS)
 
     @pytest.mark.feature("beam search")
     def test_beam_search(self, family):
@@ -122,12 +125,58 @@ class TestCaches:
     def test_training_with_a_cache_gives_the_same_bits(self, family):
         grads = []
         for use_cache in (True, False):
-            model, ids = patch_model(tiny_model(family)).train(), tokens(2, 30)
+            model, ids = patch_model(tiny_model(family), fused_front_end=False).train(), tokens(2, 30)
             torch.manual_seed(3)  # dropout of GPT-2
             model(ids, labels=ids, use_cache=use_cache).loss.backward()
             assert calls(model) == (1, {})
             grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         assert relative(grads[0], grads[1]) < FLIPPED_ROUNDINGS
+
+
+@pytest.mark.usefixtures("hardware_rounding")
+class TestFrontEndAgainstCaches:
+    """Calls without a cache take the fused front end, those with one do not: apart by what the fused kernels round elsewhere."""
+
+    def patched(self, family):
+        model = tiny_model(family)
+        if reason := triton_missing(model.device):
+            pytest.skip(reason)
+        return patch_model(model, backend="triton")
+
+    @pytest.mark.feature("static cache")
+    @pytest.mark.parametrize("family", ["llama", *(pytest.param(name, marks=pytest.mark.gpu) for name in FAMILIES[1:])])
+    def test_the_prompt_of_a_static_cache(self, family):
+        model, (ids, mask) = self.patched(family), left_padded(12)
+        with torch.no_grad():
+            fused = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+            cached = model(ids, attention_mask=mask, past_key_values=new_cache("static", model), use_cache=True).logits
+        assert [row["fused_calls"] for row in geometry_report(model).rows] == [1, 1]
+        assert relative(cached[mask.bool()], fused) < FUSED_RUNS
+
+    @pytest.mark.gpu
+    @pytest.mark.feature("chunked prefill")
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_continuation(self, family):
+        model, ids = self.patched(family), tokens(1, 134)
+        with torch.no_grad():
+            fused = model(ids, use_cache=False).logits
+            chunks = in_chunks(model, ids, (70, CONTINUATION_ROWS), DynamicCache(config=model.config))
+        assert calls(model) == (3, {})
+        assert [row["fused_calls"] for row in geometry_report(model).rows] == [1, 1]
+        assert relative(chunks, fused) < FUSED_RUNS
+
+    @pytest.mark.gpu
+    @pytest.mark.feature("training with a cache")
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_training(self, family):
+        grads = []
+        for use_cache in (True, False):
+            model, ids = self.patched(family).train(), tokens(2, 30)
+            torch.manual_seed(3)  # dropout of GPT-2
+            model(ids, labels=ids, use_cache=use_cache).loss.backward()
+            assert [row["fused_calls"] for row in geometry_report(model).rows] == [int(not use_cache)] * 2
+            grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert relative(grads[0], grads[1]) < FUSED_RUNS
 
 
 @pytest.mark.gpu

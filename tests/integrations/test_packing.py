@@ -4,12 +4,13 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening
 
-from hf_geoscale import UnsupportedAttentionError, patch_model
+from hf_geoscale import UnsupportedAttentionError, geometry_report, patch_model, unpatch_model
 from hf_geoscale.integrations.packing import documents_of_lengths, documents_of_positions
+from hf_geoscale.kernels.backend import triton_missing
 
 from ..conftest import here, tiny_model, tokens
-from ..tolerances import FLIPPED_ROUNDINGS, GRADIENT_ERROR, OUTPUT_ERROR
-from .compare import calls, relative
+from ..tolerances import FUSED_RUNS, GRADIENT_ERROR, OUTPUT_ERROR
+from .compare import calls, relative, same_attention
 
 DOCUMENTS = (15, 1, 24)
 LENGTH = sum(DOCUMENTS)
@@ -50,12 +51,13 @@ class TestDocuments:
     def test_each_is_as_if_alone(self, family, how):
         model, ids = tiny_model(family), tokens(1, LENGTH)
         exact = alone(model, ids)
-        patch_model(model)
-        ours = model(ids, **packing(how)).logits
-        assert calls(model) == (1, {})
-        assert relative(ours, exact) < OUTPUT_ERROR
-        if "positions" in how:  # the same rotations, hence the same roundings of q and k; sums in another order
-            assert relative(ours, alone(model, ids)) < FLIPPED_ROUNDINGS
+        for backend, tolerance in same_attention().items():
+            patch_model(unpatch_model(model), backend=backend)
+            ours = model(ids, **packing(how)).logits
+            assert calls(model) == (1, {})
+            assert relative(ours, exact) < OUTPUT_ERROR
+            if "positions" in how:  # the same rotations, hence the same roundings of q and k; sums in another order
+                assert relative(ours, alone(model, ids)) < tolerance
         assert relative(model(ids).logits, exact) > 2 * OUTPUT_ERROR  # packing matters
 
     def test_no_document_sees_another(self, family, how):
@@ -100,9 +102,23 @@ class TestLengths:
             model.zero_grad()
             model(ids, labels=ids, **packing(how)).loss.backward()
             grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-            patch_model(model)  # after the first, exact one
+            patch_model(model, fused_front_end=False)  # after the first, exact one
         assert all(relative(grad, grads[0]) < GRADIENT_ERROR for grad in grads[1:])
         assert torch.equal(grads[2], grads[3])
+
+    @pytest.mark.gpu
+    def test_gradients_through_the_fused_front_end(self):
+        """Only calls without a cache take it."""
+        model, ids, grads = tiny_model("llama").train(), tokens(1, LENGTH), []
+        if reason := triton_missing(model.device):
+            pytest.skip(reason)
+        patch_model(model, backend="triton")
+        for how in ("lengths and positions", "positions, with a cache"):
+            model.zero_grad()
+            model(ids, labels=ids, **packing(how)).loss.backward()
+            grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert [row["fused_calls"] for row in geometry_report(model).rows] == [1, 1]
+        assert relative(*grads) < FUSED_RUNS
 
     def test_gradient_checkpointing(self):
         grads = []

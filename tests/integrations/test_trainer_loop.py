@@ -13,6 +13,8 @@ from hf_geoscale.scaling import GeometryScaling
 
 from ..cli.conftest import text_file, tiny_folder  # noqa: F401
 from ..conftest import tiny_model, tokens
+from ..tolerances import BF16_LOSSES
+from .compare import same_attention
 from .test_callback import trainer
 
 
@@ -169,15 +171,18 @@ class TestFlattening:
         return [{"input_ids": tokens(1, n, seed=n)[0].tolist()} for n in self.LENGTHS]
 
     def test_loss_is_that_of_the_sequences_apart(self, tmp_path):
-        model = patch_model(tiny_model("llama"))
-        batch = DataCollatorWithFlattening()(self.data())
-        with torch.no_grad():
-            together = float(model(**batch, use_cache=False).loss) * sum(n - 1 for n in self.LENGTHS)
-            apart = 0.0
-            for row in self.data():
-                ids = torch.tensor([row["input_ids"]])
-                apart += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
-        assert together == pytest.approx(apart, rel=1e-5)
+        """On a GPU also in the fused kernels, at other keys of their tiles: logits of about 1 that FUSED_RUNS moves are an error of
+        0.07 nats a token, or 0.01 of 4.8 in the mean over 39 tokens: half of BF16_LOSSES."""
+        model, batch = tiny_model("llama"), DataCollatorWithFlattening()(self.data())
+        for backend in same_attention():
+            patch_model(model, backend=backend)
+            with torch.no_grad():
+                together = float(model(**batch, use_cache=False).loss) * sum(n - 1 for n in self.LENGTHS)
+                apart = 0.0
+                for row in self.data():
+                    ids = torch.tensor([row["input_ids"]])
+                    apart += float(model(ids, labels=ids, use_cache=False).loss) * (ids.shape[1] - 1)
+            assert together == pytest.approx(apart, rel=1e-5 if backend == "reference" else BF16_LOSSES)
         assert rows(model, "fallback_calls") == [0, 0]
 
     def test_in_a_trainer(self, tmp_path):

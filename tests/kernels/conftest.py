@@ -4,6 +4,11 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True)
+def on_device():
+    """Overrides that of all tests: these place their tensors themselves (fused_cases.DEVICE), whatever --device says."""
+
+
 @pytest.fixture
 def hardware_rounding(monkeypatch):
     """Triton's interpreter truncates casts; round to nearest even there, and saturate in E4M3, as GPUs do."""

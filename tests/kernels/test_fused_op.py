@@ -78,27 +78,21 @@ class TestOp:
         compiled = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
         assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
 
-    def test_registration(self):
+    @pytest.mark.parametrize("rotary", [False, True], ids=["rotated before", "rotary"])
+    @pytest.mark.parametrize("packed", [False, True], ids=["apart", "packed"])
+    def test_registration(self, rotary, packed):
+        """Schema and autograd of the forward, fake tensors of both ops; test_schema multiplies its inputs, which FP8 cannot."""
         leaves, options = operands({"rows": 40})
-        arguments = (
-            *leaves,
-            *options.values(),
-            None,
-            None,
-            None,
-            None,
-            0.125,
-            0.0,
-            True,
-            0,
-            0.0,
-            True,
-            False,
-            True,
-            False,
-        )
+        angles = torch.rand(2, 1, 40, 32, generator=torch.Generator().manual_seed(6)).to(DEVICE)
+        cos, sin = angles if rotary else (None, None)
+        constants = (*options.values(), None, None, None, None, cos, sin)
+        numbers = (False, 0.125, 0.0, True, 0, 0.0, True)  # interleaved, …, incoherent
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(fused.attention_forward, arguments, test_utils=checks)
+        forward = (*leaves, *constants, *numbers, False, True, False)
+        torch.library.opcheck(fused.attention_forward, forward, test_utils=checks)
+        saved = [x.detach() for x in fused.attention_forward(*forward)[:8]]
+        backward = (saved[0], *saved, *constants, *numbers, packed, *3 * (leaves[0].dtype,))
+        torch.library.opcheck(fused.attention_backward, backward, test_utils="test_faketensor")
 
     def test_autocast_changes_nothing(self):
         leaves, options = operands({})

@@ -129,12 +129,12 @@ class TestArguments:
     def test_shapes_are_checked(self, shape, said):
         leaves, options = operands({"rows": 40})
         with pytest.raises(ValueError, match=said):
-            fp8_attention(*leaves, **options, rotary=(torch.ones(shape), torch.ones(shape)), backend="reference")
+            fp8_attention(*leaves, **options, rotary=2 * (torch.ones(shape, device=DEVICE),), backend="reference")
 
     def test_cos_and_sin_are_a_pair(self):
         leaves, options = operands({"rows": 40})
         with pytest.raises(ValueError, match=r"\(1, 40, 16\)"):
-            fp8_attention(*leaves, **options, rotary=(torch.ones(1, 40, 32), torch.ones(1, 40, 16)))
+            fp8_attention(*leaves, **options, rotary=(angles(40, 64)[0], angles(40, 32)[1]))
 
     def test_as_many_keys_as_queries(self):
         leaves, options = operands({"rows": 40, "keys": 50})
@@ -143,5 +143,6 @@ class TestArguments:
 
     def test_floating_point(self):
         leaves, options = operands({"rows": 40})
+        whole = torch.ones(1, 40, 32, dtype=torch.int64, device=DEVICE)
         with pytest.raises(TypeError, match=r"torch\.int64"):
-            fp8_attention(*leaves, **options, rotary=(torch.ones(1, 40, 32).long(), torch.ones(1, 40, 32).long()))
+            fp8_attention(*leaves, **options, rotary=(whole, whole))
