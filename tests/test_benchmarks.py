@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,29 @@ def test_figures_quoted_from_records():
     assert f"ends {-mean:.3f} ± {spread:.3f} below BF16".replace(" 0.", " .") in kernels
     assert gaps == {0.024}
     assert "it stays .024 above it, at every seed" in kernels
+
+
+def test_whole_steps_quoted_are_those_of_the_records():
+    """Ratios of docs/step.jsonl in README.md and docs/kernels.md, against the faster SDPA of the same configuration."""
+    medians: dict[tuple, dict[str, float]] = {}
+    for row in read_lines("step.jsonl"):
+        place = row["model"], row["length"], row["setting"]
+        medians.setdefault(place, {})[row["contender"]] = statistics.median(row["times"]["step"])
+
+    def ratio(model: str, length: int, setting: str = "plain") -> str:
+        found = medians[model, length, setting]
+        rival = min(ms for name, ms in found.items() if name.startswith("SDPA"))
+        return f"{rival / found['hf_geoscale']:.2f}"
+
+    lengths = (8192, 16384, 32768)
+    plain, checkpointed = ([ratio("Llama-3-8B", n, s) for n in lengths] for s in ("plain", "checkpointing"))
+    small = [ratio("Llama-3-8B", 2048), ratio("Llama-3.2-1B", 2048), ratio("Llama-3.2-1B", 8192)]
+    readme, kernels = ((ROOT / name).read_text().replace("\n", " ") for name in ("README.md", "docs/kernels.md"))
+    assert f"is {plain[0]}, {plain[1]} and {plain[2]} times" in readme
+    assert f"and {small[0]} at 2,048" in readme
+    assert f"2,048 tokens {small[1]}" in readme
+    pairs = [f"{a} | {b}" for a, b in zip(plain, checkpointed, strict=True)]
+    assert f"{pairs[0]} at 8,192 tokens, {pairs[1]} at 16,384, {pairs[2]} at 32,768" in kernels
+    assert (
+        f"{small[0]} at 2,048. Llama-3.2-1B layers: {small[2]} at 8,192 (wanted 1.10), {small[1]} at 2,048" in kernels
+    )
