@@ -79,7 +79,10 @@ def scaled_rows(
     if gain is None:
         out.copy_(weight)
     else:
-        torch.mul(weight, gain.detach().reshape(parts, 1, length), out=out)
+        gain = gain.detach().reshape(parts, 1, length)
+        if weight.dtype == torch.float16:  # a product of two float16 numbers would be rounded to float16 first
+            gain = gain.float()
+        torch.mul(weight, gain, out=out)
 
 
 def half_trace_power_bound(

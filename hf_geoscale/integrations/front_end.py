@@ -2,25 +2,33 @@
 
 Transformers' own forwards rotate q and k in about ten elementwise passes over memory, and autograd keeps what they return. These do
 what the originals do, without those passes. `patch_model` gives them to single attention modules; a call that they do not serve
-(one with a cache) goes through the original forward and the attention interface.
+(one that reads a cache) goes through the original forward and the attention interface.
 """
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..kernels.rotary import rotate
 from .layer import GeoScaleLayer
 
 NAME = "geoscale"
 """The attention implementation's name in transformers, on the attention and on the mask interface."""
 
 
-def _serves(attention: Any, past: object) -> bool:
-    """Whether a call runs here."""
+def _is_patched(attention: Any) -> bool:
     patched = isinstance(attention.__dict__.get("geoscale"), GeoScaleLayer)
-    return patched and past is None and attention.config._attn_implementation == NAME
+    return patched and attention.config._attn_implementation == NAME
+
+
+def _is_only_filled(attention: Any, past: Any) -> bool:
+    """Whether this call does no more with a cache than fill it: the one that models make for themselves in training, unasked."""
+    training = attention.training and torch.is_grad_enabled()
+    return training and type(past).__name__ == "DynamicCache" and past.get_seq_length(attention.layer_idx) == 0
 
 
 def _attend(attention: Any, operands: Iterable[Tensor], mask: Tensor | None, **options) -> Tensor:
@@ -36,78 +44,94 @@ def _halves(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]
     return cos[..., : cos.shape[-1] // 2], sin[..., : sin.shape[-1] // 2]
 
 
-def _window(attention: Any) -> int | None:
-    """The sliding window that the class's own forward would pass on."""
-    if hasattr(attention, "sliding_window"):  # Qwen2, Qwen3: of this layer
-        return attention.sliding_window
-    return getattr(attention.config, "sliding_window", None)  # Mistral; Llama has none
-
-
 class FusedForward:
-    """What replaces `forward` of one attention module: an object, so that copying and pickling the model take it along."""
+    """What replaces `forward` of one attention module: an object, so that copying and pickling the model take it along.
+
+    Calls that `serves` declines, and those with more than the hidden states by position, run the forward of the module's class.
+    """
 
     def __init__(self, attention: Any):
         self.attention = attention
 
-    def original(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """The forward of the module's class."""
-        return type(self.attention).forward(self.attention, *args, **kwargs)
+    def __call__(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        if len(args) > 1 or not _is_patched(self.attention) or not self.serves(kwargs):
+            return type(self.attention).forward(self.attention, *args, **kwargs)
+        hidden_states = args[0] if args else kwargs.pop("hidden_states")
+        past = kwargs.pop("past_key_values", None)
+        return self.fused(hidden_states, past, **kwargs), None
+
+    def serves(self, call: dict[str, Any]) -> bool:
+        """Whether the fused forward does what this call asks for."""
+        past = call.get("past_key_values")
+        # "past_key_value" is transformers 4's older name
+        return call.get("past_key_value") is None and (past is None or _is_only_filled(self.attention, past))
+
+    def fused(self, hidden_states: Tensor, past: Any, **kwargs) -> Tensor:
+        raise NotImplementedError
 
 
 class LlamaForward(FusedForward):
-    """Of LlamaAttention, MistralAttention, Qwen2Attention and Qwen3Attention."""
+    """Of LlamaAttention."""
 
-    def __call__(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
-    ) -> tuple[Tensor, Tensor | None]:
-        module = self.attention
-        if position_embeddings is None or not _serves(module, past_key_values):
-            return self.original(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
+    def serves(self, call: dict[str, Any]) -> bool:
+        angles = call.get("position_embeddings")
+        return angles is not None and angles[0].shape[-1] == self.attention.head_dim and super().serves(call)
+
+    def window(self) -> int | None:
+        """The sliding window that the class's own forward passes on."""
+        return None
+
+    def fused(self, hidden_states: Tensor, past: Any, **kwargs) -> Tensor:
+        module, mask = self.attention, kwargs.pop("attention_mask", None)
         shape = (*hidden_states.shape[:-1], -1, module.head_dim)
         query, key, value = (proj(hidden_states).view(shape) for proj in (module.q_proj, module.k_proj, module.v_proj))
         if hasattr(module, "q_norm"):
             query, key = module.q_norm(query), module.k_norm(key)
+        rotary = _halves(kwargs.pop("position_embeddings"))
+        if past is not None:
+            past.update(rotate(key.transpose(1, 2), *rotary), value.transpose(1, 2), module.layer_idx)
         kwargs["dropout"] = module.attention_dropout if module.training else 0.0
-        kwargs |= {"scaling": module.scaling, "sliding_window": _window(module)}
-        out = _attend(module, (query, key, value), attention_mask, rotary=_halves(position_embeddings), **kwargs)
-        return module.o_proj(out), None
+        kwargs |= {"scaling": module.scaling, "sliding_window": self.window(), "rotary": rotary}
+        return module.o_proj(_attend(module, (query, key, value), mask, **kwargs))
+
+
+class MistralForward(LlamaForward):
+    """Of MistralAttention."""
+
+    def window(self) -> int | None:
+        return getattr(self.attention.config, "sliding_window", None)
+
+
+class QwenForward(LlamaForward):
+    """Of Qwen2Attention and Qwen3Attention."""
+
+    def window(self) -> int | None:
+        return self.attention.sliding_window
 
 
 class GPT2Forward(FusedForward):
     """Of GPT2Attention, without cross-attention: c_attn's output goes in undivided, and gets one gradient."""
 
-    def __call__(
-        self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None, **kwargs
-    ) -> tuple[Tensor, Tensor | None]:
-        module = self.attention
-        if encoder_hidden_states is not None or not _serves(module, past_key_values):
-            return self.original(
-                hidden_states,
-                past_key_values=past_key_values,
-                attention_mask=attention_mask,
-                encoder_hidden_states=encoder_hidden_states,
-                **kwargs,
-            )
-        for name in ("cache_position", "encoder_attention_mask", "output_attentions"):
+    def serves(self, call: dict[str, Any]) -> bool:
+        return call.get("encoder_hidden_states") is None and super().serves(call)
+
+    def fused(self, hidden_states: Tensor, past: Any, **kwargs) -> Tensor:
+        module, mask = self.attention, kwargs.pop("attention_mask", None)
+        for name in ("cache_position", "encoder_hidden_states", "encoder_attention_mask", "output_attentions"):
             kwargs.pop(name, None)  # the original does not pass them on either
         packed = module.c_attn(hidden_states)
         parts = packed.unflatten(2, (-1, module.head_dim)).split(module.num_heads, dim=2)
-        dropout = module.attn_dropout.p if module.training else 0.0
-        out = _attend(module, parts, attention_mask, dropout=dropout, packed=packed, **kwargs)
-        return module.resid_dropout(module.c_proj(out)), None
+        if past is not None:
+            past.update(parts[1].transpose(1, 2), parts[2].transpose(1, 2), module.layer_idx)
+        kwargs |= {"dropout": module.attn_dropout.p if module.training else 0.0, "packed": packed}
+        return module.resid_dropout(module.c_proj(_attend(module, parts, mask, **kwargs)))
 
 
 FORWARDS: dict[str, type[FusedForward]] = {
     "LlamaAttention": LlamaForward,
-    "MistralAttention": LlamaForward,
-    "Qwen2Attention": LlamaForward,
-    "Qwen3Attention": LlamaForward,
+    "MistralAttention": MistralForward,
+    "Qwen2Attention": QwenForward,
+    "Qwen3Attention": QwenForward,
     "GPT2Attention": GPT2Forward,
 }
 """By the name of the attention class in transformers."""
@@ -125,11 +149,24 @@ def why_not(layer: GeoScaleLayer) -> str | None:
     kind = type(attention)
     if kind.__name__ not in FORWARDS or not kind.__module__.startswith("transformers."):
         return f"{kind.__name__} has no fused forward"
-    replaced = attention.__dict__.get("forward") or kind.forward
-    origin = getattr(replaced, "__module__", None) or type(replaced).__module__
-    if not origin.startswith("transformers."):
-        return f"{origin} replaced its forward"
+    own = attention.__dict__.get("forward")
+    if own is not None and not isinstance(own, FusedForward):
+        return f"{_origin(own)} wrapped or replaced its forward"
+    if not _origin(kind.forward).startswith("transformers."):
+        return f"{_origin(kind.forward)} replaced its forward"
+    rotates = inspect.unwrap(kind.forward).__globals__.get("apply_rotary_pos_emb")
+    if rotates is not None and not _origin(rotates).startswith(("transformers.", "liger_kernel.")):
+        return f"{_origin(rotates)} replaced apply_rotary_pos_emb"
+    for rotary in layer.site.rotary:
+        if not type(rotary).__module__.startswith("transformers."):
+            return f"its {type(rotary).__name__} is not of transformers"
     return None
+
+
+def _origin(function: Any) -> str:
+    """The Python module whose code runs; `functools.wraps` copies everything but a function's globals."""
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
 
 
 def install(layer: GeoScaleLayer) -> None:

@@ -180,8 +180,8 @@ class GeoScaleLayer(PatchedLayer):
         """One of `Measurement`'s numbers for this layer, of the last refresh; 0 without headroom."""
         if self._measured is None or self.config.headroom == 1:
             return 0.0
-        numbers, (_, place) = self._measured[0].read()[1:], self._measured
-        return numbers[row * (len(numbers) // 2) + place]
+        (finite, *numbers), (_, place) = self._measured[0].read(), self._measured
+        return numbers[row * (len(numbers) // 2) + place] if finite else 0.0
 
     @property
     def max_weight_drift(self) -> float:

@@ -1,12 +1,14 @@
 """Refreshing the scales of many layers at once. The host never waits for a GPU, except the first time."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import NonFiniteWeightsError, UnsupportedModelError
 from ..geometry import LayerGeometry, LayerMaps, measure_layers
@@ -15,6 +17,8 @@ from .utilisation import add_together
 
 if TYPE_CHECKING:
     from .layer import GeoScaleLayer
+
+logger = logging.getLogger(__name__)
 
 FRESH_BYTES = 2**28
 """Bytes of weights that exist only to be measured (dequantised, with adapters) held at a time."""
@@ -40,6 +44,11 @@ class HostValues:
     def here(self) -> bool:
         """Whether reading needs no waiting, whatever the device does."""
         return self._event is None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether reading needs no waiting now."""
+        return self._event is None or self._event.query()
 
     def read(self) -> list[float]:
         if self._numbers is None:
@@ -122,6 +131,11 @@ class Measurement:
             refresh_together([layer.scaling for layer in self.layers], self.geometries)
         self.installed = True
 
+    @property
+    def arrived(self) -> bool:
+        """Whether `check` needs no waiting now."""
+        return self._values.arrived
+
     def check(self) -> None:
         """Raise NonFiniteWeightsError, naming the layer and operand, unless every certificate is finite; undoes `install`."""
         if self._values.read()[0]:
@@ -144,7 +158,8 @@ class Measurement:
 
 
 def _cat(parts: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.cat([part.to(device, non_blocking=True) for part in parts])
+    # into pinned host memory a copy would not be waited for
+    return torch.cat([part.to(device, non_blocking=device.type == "cuda") for part in parts])
 
 
 def _weight_amax(layer: "GeoScaleLayer") -> Tensor:
@@ -171,9 +186,15 @@ class RefreshGroup:
     def __init__(self) -> None:
         self._layers: WeakKeyDictionary[GeoScaleLayer, None] = WeakKeyDictionary()
         self._pending: list[Measurement] = []
+        self._failed = False  # the last check that was made; then the next one is waited for
 
     def __reduce__(self) -> tuple:
         return RefreshGroup, ()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a check is still to come."""
+        return bool(self._pending)
 
     def join(self, layers: Sequence["GeoScaleLayer"]) -> None:
         """Make these layers members, and nothing else their group."""
@@ -184,19 +205,26 @@ class RefreshGroup:
     def refresh(self, layers: Sequence["GeoScaleLayer"], wait: bool = False) -> None:
         """Measure and install, all of these layers or none.
 
+        Where an earlier measurement turns out to have seen NaN or Inf, today's weights decide: they may have been mended since.
+
         Args:
-            wait: check for NaN and Inf now. Else, on a GPU, at the next refresh of any of these layers.
+            wait: check for NaN and Inf now. Else, on a GPU, at the next optimizer step or refresh of any of these layers.
         """
-        self.settle(layers)
-        measurement = Measurement(layers)
-        self.install(measurement, wait)
+        try:
+            self.settle(layers)
+        except NonFiniteWeightsError as error:
+            logger.warning("geoscale: found late, in an earlier refresh: %s. Today's weights are measured now", error)
+        self.install(Measurement(layers), wait)
 
     def install(self, measurement: Measurement, wait: bool = False) -> None:
         self.join(measurement.layers)
-        if wait or measurement.known:
+        if wait or self._failed or measurement.known:
+            self._failed = True
             measurement.check()
+            self._failed = False
         else:
             self._pending.append(measurement)
+            _unsettled.add(self)
         measurement.install()
 
     def settle(self, layers: Sequence["GeoScaleLayer"]) -> None:
@@ -213,7 +241,13 @@ class RefreshGroup:
                     measurement.check()
                 except NonFiniteWeightsError:
                     self._pending.clear()  # made later, of weights no better
+                    self._failed = True
                     raise
+
+    def settle_what_arrived(self) -> None:
+        """Make the checks that need no waiting; as `settle`."""
+        for measurement in [m for m in self._pending if m.arrived]:
+            self.settle(measurement.layers)
 
     def refresh_with_others(self, layer: "GeoScaleLayer") -> None:
         """Refresh a layer in its forward, and every other one that the same optimizer step made stale."""
@@ -224,6 +258,20 @@ class RefreshGroup:
             if not others:
                 raise
             self.refresh([layer])  # another one's weights, which its own forward will refuse
+
+
+_unsettled: WeakSet[RefreshGroup] = WeakSet()
+
+
+def _settle_before_optimizer_step(*_) -> None:
+    """Raise NonFiniteWeightsError before an optimizer step spreads NaN from one weight to all, where that is known by now."""
+    for group in list(_unsettled):
+        group.settle_what_arrived()
+        if not group.pending:
+            _unsettled.discard(group)
+
+
+register_optimizer_step_pre_hook(_settle_before_optimizer_step)
 
 
 def _is_stale(layer: "GeoScaleLayer") -> bool:

@@ -90,6 +90,7 @@ def _measured(layer: GeoScaleLayer, model: Any, layers: int) -> dict:
     layer.group.settle([layer])
     if layer.measurable:
         layer.refresh_if_stale()
+        layer.group.settle([layer])
         query, key, _ = layer.site.projections()
         sigma, worst_case = measure_interaction(query, key, layer.site.softmax_scale)
         row["sigma_upper"], row["worst_case_logit"] = sigma.tolist(), worst_case.tolist()

@@ -192,6 +192,45 @@ class TestNoWaiting:
         with pytest.raises(NonFiniteWeightsError, match="make q in layer 0"):
             model(ids)
 
+    def test_mended_weights_go_on(self, far_away):
+        """A rollback after a loss of NaN must not meet the NaN of before it."""
+        model = training_model()
+        good = {name: x.clone() for name, x in model.state_dict().items()}
+        self.spoil(model)
+        assert model(tokens(1, 12)).logits.isnan().any()
+        model.load_state_dict(good)
+        assert model(tokens(1, 12)).logits.isfinite().all()
+
+    def test_an_optimizer_step_does_not_spread_it(self, far_away):
+        model, ids = training_model(), tokens(1, 12)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        self.spoil(model)
+        model(input_ids=ids, labels=ids).loss.backward()
+        with pytest.raises(NonFiniteWeightsError, match="layer 1"):
+            optimizer.step()
+        assert sum(not p.isfinite().all() for p in model.parameters()) == 1
+
+    def test_every_forward_raises_once_it_is_known(self, far_away):
+        model = training_model()
+        self.spoil(model)
+        model(tokens(1, 12))
+        for _ in range(3):
+            with pytest.raises(NonFiniteWeightsError, match="layer 1"):
+                refresh_scales(model)
+            with pytest.raises(NonFiniteWeightsError, match="layer 1"):
+                model(tokens(1, 12))
+
+    def test_the_report_measures_and_looks(self, far_away):
+        model = training_model()
+        self.spoil(model)
+        with pytest.raises(NonFiniteWeightsError, match="layer 1"):
+            geometry_report(model)
+
+    @staticmethod
+    def spoil(model) -> None:
+        with torch.no_grad():
+            model.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
+
     def test_waiting_finds_it_at_once(self, far_away):
         model = training_model()
         step(model, float("nan"))
