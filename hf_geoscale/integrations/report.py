@@ -43,6 +43,7 @@ class GeometryReport:
             "utilisation",
             "overflows",
             "FP8 calls",
+            "fused",
             "SDPA calls",
         ),
     )
@@ -57,7 +58,7 @@ class GeometryReport:
         """The table's cells of one row, as text; – where nothing was observed."""
         bounds = ("sigma_lower", "sigma_upper", "q_bound", "k_bound", "v_bound", "logit_bound")
         shares = [_share(row[name]) for name in ("alpha_min", "alpha_observed", "utilisation")]
-        counts = [str(row[name]) for name in ("overflows", "calls", "fallback_calls")]
+        counts = [str(row[name]) for name in ("overflows", "calls", "fused_calls", "fallback_calls")]
         seen = [_worst(row[name]) for name in _OBSERVED]
         return [str(row["layer"]), *(_worst(row[name]) for name in bounds), shares[0], *seen, *shares[1:], *counts]
 

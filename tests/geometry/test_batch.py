@@ -190,6 +190,14 @@ class TestAllowances:
         weight, gain = torch.full((1, 1, 64), 1 + 1.01 * 2.0**-8), torch.full((64,), 0.9999)
         assert certificate(weight, gain) >= 64 * float(weight.bfloat16()[0, 0, 0]) * 0.9999 > 64 * (1 + 1.9 * 2.0**-8)
 
+    @pytest.mark.parametrize(("weight", "gain"), [(2.0**-6, 2.0**-19), (300.0, 300.0)])
+    def test_products_beyond_the_range_of_float16(self, weight, gain):
+        """Weights and gains in float16 whose products float16 would round away, or to infinity."""
+        half, gains = torch.full((1, 16, 64), weight).half(), torch.full((64,), gain).half()
+        bound = float(measure_maps([Projection(half, gains)], "tensor cores").bound)
+        truth = float(torch.linalg.matrix_norm(half[0].double() * gains.double(), 2)) * 64**0.5
+        assert truth <= bound <= 1.1 * truth
+
     def test_sums_that_are_cut_off(self, monkeypatch):
         monkeypatch.setattr(batch, "_rounding", lambda projection, arithmetic: 0.0)
         monkeypatch.setattr(batch, "half_trace_power_bound", lambda grams: torch.linalg.matrix_norm(grams.double(), 2))
