@@ -13,7 +13,7 @@ from .test_reference import relative, scales
 
 pytestmark = NEEDS_KERNELS
 if triton_missing(DEVICE) is None:
-    from hf_geoscale.kernels import fused
+    from hf_geoscale.kernels import passes
 
 
 class TestExtremes:
@@ -124,7 +124,7 @@ class TestExtremes:
     @pytest.mark.parametrize("options", [{}, {"window": 50}, {"causal": False}], ids=str)
     def test_scales_that_change_between_groups_of_rows(self, options, monkeypatch):
         """dO a thousand times larger in one group and zero in another; groups of 128 rows, the most that one tile takes."""
-        monkeypatch.setattr(fused, "GRADIENT_ROWS", 128)
+        monkeypatch.setattr(passes, "GRADIENT_ROWS", 128)
         monkeypatch.setattr(reference, "GRADIENT_ROWS", 128)
         leaves, options = operands({"rows": 400, **options})
         grad = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(5)).to(leaves[0])
