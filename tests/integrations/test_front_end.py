@@ -249,7 +249,7 @@ class Operations(TorchDispatchMode):
 class TestNothingStandsBetween:
     """Between projections and kernels, forward and backward, no pass over memory is left."""
 
-    LENGTH = 64
+    LENGTH = 32
 
     def run(self, family: str) -> tuple[list[str], list[torch.Tensor]]:
         """What wrote large tensors, forward and backward of one bfloat16 attention; and what autograd kept."""

@@ -106,6 +106,9 @@ class TestFused:
         options = with_scales_after(leaves, options)
         assert agree(run(leaves, options), run(leaves, options, backend="reference"))
 
+    @pytest.mark.parametrize(
+        "case", ["llama", "a position per sequence", "interleaved, partial", "dim 80", "float32"], indirect=True
+    )
     def test_operands_are_those_of_rotated_inputs(self, case):
         """The kernels round where `rotate` does, so the forward differs by float32 round-off that flips a few roundings."""
         leaves, options = case
