@@ -19,7 +19,7 @@ from .fragility import FragilityProbe
 logger = logging.getLogger(__name__)
 
 EVERY_N_STEPS = 100
-"""Default cadence, meant to cost at most 5 % of the training time; docs/fragility.md measures it."""
+"""Default cadence, meant to cost at most 5 % of the training time; benchmarks/fragility.py measures it."""
 
 
 class FragilityCallback(TrainerCallback):

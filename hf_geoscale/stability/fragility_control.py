@@ -19,7 +19,7 @@ class EarlyWarning:
 
     After each observation m = the maximum of the last `span`; a warning when m > `ratio` × the median of the maxima before
     these. The published rule is the running maximum alone (lead 16–24 steps); the numbers are ours, chosen on runs of a small
-    GPT-2, and docs/fragility.md says how often they warn of nothing.
+    GPT-2; benchmarks/fragility.py counts how often they warn of nothing.
 
     Args:
         span: observations of the running maximum.
