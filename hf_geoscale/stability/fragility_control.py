@@ -34,7 +34,6 @@ class EarlyWarning:
     ratio: float = 2.0
     recent: deque[float] = field(default_factory=deque, init=False)
     past: deque[float] = field(default_factory=deque, init=False)
-    warnings: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.span < 1 or self.warm_up < 1:
@@ -56,7 +55,6 @@ class EarlyWarning:
             self.recent.popleft()
             if largest < float("inf"):
                 self.past.append(largest)
-        self.warnings += warns
         return warns
 
 
