@@ -3,21 +3,26 @@
     python benchmarks/fragility.py .model/SmolLM2-135M-Instruct --output docs/fragility.md
     python benchmarks/fragility.py --render docs/fragility.jsonl --output docs/fragility.md
 
-Writes the page, its records (.jsonl) and figure (.png). For one H100 80 GB; on a CPU only `--quick` is of use, a smoke
+Writes the page, its records (.jsonl) and figure (.png). The records of each part are written as it ends; a second call with the
+same --output does the parts that are missing. For one H100 80 GB; on a CPU only `--quick` is of use, a smoke
 test of a minute without the model, whose numbers mean nothing.
 """
 
 import argparse
 import json
-import subprocess
+import math
+import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from fragility_measure import layer_record, length_record
 from fragility_tables import plot, to_markdown
 from fragility_training import callback_cost, planted, series, small_gpt2, train
+from fragility_warnings import TUNING_SEEDS
+from host import environment
 from torch import Tensor
 
 from hf_geoscale.cli.loading import load, read_text, token_blocks
@@ -75,6 +80,8 @@ LEARNING_RATE = 1e-3
 
 TUNING_RATE = 2e-5
 NAME = "GPT-2 trained here"
+Parts = dict[str, Callable[[], list[dict]]]
+"""What measures each part of the records; none depends on another."""
 
 
 def byte_blocks(length: int) -> Tensor:
@@ -92,34 +99,54 @@ def settings_of(model, ids_of, lengths: tuple, setting: dict) -> list[dict]:
     return records
 
 
-def gpt2_records(plan: dict, device: str) -> list[dict]:
-    """Checkpoints of one GPT-2, series of several, planted instabilities, the callback's cost."""
+def checkpoint_records(plan: dict, device: str) -> list[dict]:
+    """Layers and lengths at checkpoints of one GPT-2."""
     records: list[dict] = []
     blocks = byte_blocks(plan["long"])
     cut = len(blocks) * 9 // 10
     held_out = blocks[cut:].to(device)
     model = small_gpt2(0, plan["long"], **plan["shape"]).to(device)
     rows = blocks[:cut, : plan["length"]]
-    run = {"batch": plan["batch"], "rate": lambda step: LEARNING_RATE * min(1.0, (step + 1) / 20)}
     before = 0
     for step in plan["checkpoints"]:
+        run = {"batch": plan["batch"], "rate": warmed}
         train(model, rows, step - before, seed=step, observe=lambda *_: None, **run)
         before = step
         setting = {"model": NAME, "step": step, "seed": 0}
         records += settings_of(model.eval(), lambda n: held_out[:1, :n], plan["lengths"], setting)
+    return records
+
+
+def warmed(step: int) -> float:
+    """The GPT-2's learning rate after `step` steps."""
+    return LEARNING_RATE * min(1.0, (step + 1) / 20)
+
+
+def gpt2_parts(plan: dict, device: str) -> Parts:
+    """Checkpoints of one GPT-2, series of several, planted instabilities, the callback's cost."""
     short = byte_blocks(plan["length"])
     cut = len(short) * 9 // 10
     rows, held_out = short[:cut], short[cut : cut + 1].to(device)
-    for seed in plan["series_seeds"]:
+
+    def one_series(seed: int) -> list[dict]:
         model = small_gpt2(seed, plan["length"], **plan["shape"]).to(device)
-        setting = {"model": NAME, "seed": seed}
-        records += series(model, rows, held_out, plan["every"], setting, steps=plan["steps"], seed=seed, **run)
-    options = {"batch": plan["batch"], "shape": plan["shape"], "learning_rate": LEARNING_RATE}
-    options |= {"ramp": plan["ramp"], "every": plan["planted_every"], "steps": plan["planted_steps"]}
-    for kind in ("stable", "ramp"):
-        records += [planted(rows, held_out, kind=kind, seed=seed, **options) for seed in plan["seeds"]]
-    records.append(callback_cost(model, rows, plan["cost_steps"], plan["batch"], NAME, EVERY_N_STEPS))
-    return records
+        run = {"steps": plan["steps"], "seed": seed, "batch": plan["batch"], "rate": warmed}
+        return series(model, rows, held_out, plan["every"], {"model": NAME, "seed": seed}, **run)
+
+    def one_planted(kind: str, seed: int) -> list[dict]:
+        options = {"batch": plan["batch"], "shape": plan["shape"], "learning_rate": LEARNING_RATE}
+        options |= {"ramp": plan["ramp"], "every": plan["planted_every"], "steps": plan["planted_steps"]}
+        return [planted(rows, held_out, kind=kind, seed=seed, **options)]
+
+    def cost() -> list[dict]:
+        model = small_gpt2(0, plan["length"], **plan["shape"]).to(device)
+        return [callback_cost(model, rows, plan["cost_steps"], plan["batch"], NAME, EVERY_N_STEPS)]
+
+    parts: Parts = {"checkpoints": partial(checkpoint_records, plan, device)}
+    parts |= {f"series {seed}": partial(one_series, seed) for seed in plan["series_seeds"]}
+    kinds = {"tuning": TUNING_SEEDS, "stable": plan["seeds"], "ramp": plan["seeds"]}
+    parts |= {f"{kind} {seed}": partial(one_planted, kind, seed) for kind, seeds in kinds.items() for seed in seeds}
+    return parts | {"cost": cost}
 
 
 def smollm2_records(folder: str, plan: dict, device: str) -> list[dict]:
@@ -144,22 +171,41 @@ def smollm2_records(folder: str, plan: dict, device: str) -> list[dict]:
     return records
 
 
-def describe(arguments: argparse.Namespace, seconds: float) -> dict:
+def describe(arguments: argparse.Namespace) -> dict:
     """Where and by what the records were made."""
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "–"
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    found = environment("transformers")
     model = f" {Path(arguments.model).name}" if arguments.model else ""
     said = f"python benchmarks/fragility.py{model}{' --quick' if arguments.quick else ' --small' if arguments.small else ''}"
-    return {"command": said, "device": device, "torch": torch.__version__, "transformers": version("transformers")} | {
-        "triton": triton,
-        "commit": commit or "unknown",
-        "seconds": seconds,
-    }
+    device = found["gpu"] if arguments.device == "cuda" else "CPU"
+    return {"command": said, "device": device} | {k: found[k] for k in ("driver", "torch", "transformers", "triton")}
+
+
+def measure(parts: Parts, host: dict, path: Path, seconds: float) -> bool:
+    """Do the parts that `path` lacks, each written as it ends, starting none after `seconds`; whether all are there.
+
+    Raises:
+        ValueError: the file is of another command or host.
+    """
+    started, commit = time.perf_counter(), environment()["commit"]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(host) + "\n")
+    first, *records = map(json.loads, path.read_text().splitlines())
+    if first != host:
+        raise ValueError(f"{path} holds records of {first}, not of {host}; give another --output, or remove it")
+    done = {record["part"] for record in records if record["kind"] == "part"}
+    for name, part in parts.items():
+        if name in done:
+            continue
+        if time.perf_counter() - started > seconds:
+            return False
+        begun = time.perf_counter()
+        found = part()
+        mark = {"kind": "part", "part": name, "seconds": time.perf_counter() - begun, "commit": commit}
+        with path.open("a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in (*found, mark)))
+        print(f"{name}: {mark['seconds']:.0f} s", file=sys.stderr, flush=True)
+    return True
 
 
 def main() -> None:
@@ -168,28 +214,28 @@ def main() -> None:
         "model", nargs="?", help="folder or hub id of SmolLM2-135M-Instruct; left out: the small GPT-2 alone"
     )
     parser.add_argument(
-        "--output", type=Path, help="Markdown file to write, with .jsonl and .png beside it; default: print"
+        "--output", type=Path, required=True, help="Markdown file to write, with .jsonl and .png beside it"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="a smoke test: tiny model, few steps")
     parser.add_argument("--small", action="store_true", help="what a CPU does in half an hour: no fine-tuning of MODEL")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no part after this; call again for the rest"
+    )
     parser.add_argument("--render", type=Path, help="make the page from these records instead of measuring")
     arguments = parser.parse_args()
-    if arguments.render:
-        host, *records = map(json.loads, arguments.render.read_text().splitlines())
-    else:
-        plan, started = QUICK if arguments.quick else SMALL if arguments.small else FULL, time.perf_counter()
-        records = smollm2_records(arguments.model, plan, arguments.device) if arguments.model else []
-        records += gpt2_records(plan, arguments.device)
-        host = describe(arguments, time.perf_counter() - started)
-    text = to_markdown(host, records)
-    if arguments.output is None:
-        print(text)
-        return
-    arguments.output.write_text(text)
-    if not arguments.render:
-        lines = [json.dumps(record) + "\n" for record in (host, *records)]
-        arguments.output.with_suffix(".jsonl").write_text("".join(lines))
+    if (path := arguments.render) is None:
+        plan = QUICK if arguments.quick else SMALL if arguments.small else FULL
+        parts: Parts = {}
+        if arguments.model:
+            parts["fine-tuning"] = partial(smollm2_records, arguments.model, plan, arguments.device)
+        parts |= gpt2_parts(plan, arguments.device)
+        path = arguments.output.with_suffix(".jsonl")
+        if not measure(parts, describe(arguments), path, arguments.seconds):
+            print(f"time is up; call again for the rest of {path}", file=sys.stderr)
+            return
+    host, *records = map(json.loads, path.read_text().splitlines())
+    arguments.output.write_text(to_markdown(host, records))
     plot(records, arguments.output.with_suffix(".png"))
 
 

@@ -5,14 +5,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
 
 import torch
 from fragility_measure import distance, exact_attention, logits, whole_model
+from fragility_warnings import SIGNALS
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Trainer, TrainingArguments
 
-from hf_geoscale import EarlyWarning, FragilityCallback
+from hf_geoscale import FragilityCallback, NormEpsilonController
 from hf_geoscale.integrations.fragility import FragilityProbe
+from hf_geoscale.stability import FragilityReport
 
 RAMP_FACTOR = 1.12
 """Factor on the learning rate a step, once the ramp has begun: 10 × in 20 steps."""
@@ -22,9 +25,6 @@ BLOW_UP = 0.7
 
 SPIKE = 2.0
 """Times the median of its past at which a BF16 mismatch counts as an error spike."""
-
-RULE = {"span": 4, "warm_up": 24, "memory": 32, "ratio": 2.0}
-"""`EarlyWarning`'s defaults, spelt out: chosen on runs of a smaller GPT-2 with seeds 10 and 11, before any of these."""
 
 
 class Finished(Exception):
@@ -115,21 +115,33 @@ def error_spike(steps: list[int], errors: list[float]) -> int | None:
     return None
 
 
-class Watch:
-    """What is seen of one run: κ_softmax and the BF16 mismatch every `every` steps, and where each rule warned.
+class BothKappas(FragilityProbe):
+    """κ_softmax of both versions, without v1's conditions of the weights, which take seconds a probe."""
 
-    The rivals' rules, on the loss and on the gradient norm, look at the same steps.
+    def report(self, batch) -> FragilityReport:
+        self.v1 = True
+        return super().report(batch)
+
+    def _read_weights(self, recorder) -> None:
+        self.v1 = False
+        super()._read_weights(recorder)
+
+
+class Watch:
+    """What is seen of one run every `every` steps: the signals, the BF16 mismatch, and when a controller would have acted.
+
+    The controller gets the risks and norm layers that nothing computes with, so that the run stays as it is.
     """
 
     def __init__(self, model: PreTrainedModel, held_out: Tensor, every: int):
         self.model, self.held_out, self.every = model, held_out, every
-        self.probe = FragilityProbe(model, v1=False)
-        self.rules = {name: EarlyWarning(**RULE) for name in ("κ_softmax", "loss", "gradient norm")}
-        self.warned: dict[str, list[int]] = {name: [] for name in self.rules}
+        self.probe = BothKappas(model)
+        self.controller = NormEpsilonController()
+        self.stand_ins = [[SimpleNamespace(eps=1e-5)] for _ in self.probe.blocks]
+        self.signals: dict[str, list[float]] = {name: [] for name in SIGNALS}
         self.losses: list[float] = []
         self.steps: list[int] = []
         self.errors: list[float] = []
-        self.kappas: list[float] = []
 
     def observe(self, step: int, loss: float, gradient: float) -> None:
         """After each step. Raises Finished ten steps after an instability of the loss."""
@@ -139,17 +151,17 @@ class Watch:
             raise Finished
         if step % self.every:
             return
-        kappa = max(row["kappa_softmax"] for row in self.probe.report(self.held_out).rows)
-        for name, value in (("κ_softmax", kappa), ("loss", loss), ("gradient norm", gradient)):
-            if self.rules[name].observe(value):
-                self.warned[name].append(step)
+        rows = self.probe.report(self.held_out).rows
+        kappas = (max(row[name] for row in rows) for name in ("kappa_softmax", "kappa_softmax_v1"))
+        for name, value in zip(SIGNALS, (*kappas, loss, gradient), strict=True):
+            self.signals[name].append(value)
+        self.controller.observe([row["risk"] for row in rows], self.stand_ins)
         with exact_attention():
             exact = logits(self.model, self.held_out)
         with torch.autocast(exact.device.type, dtype=torch.bfloat16):
             low = logits(self.model, self.held_out)
         self.steps.append(step)
         self.errors.append(distance(low, exact))
-        self.kappas.append(kappa)
 
 
 def planted(
@@ -165,7 +177,7 @@ def planted(
     steps: int,
     batch: int,
 ) -> dict:
-    """One run, "stable" or "ramp": where the loss and the error left their past, and where each rule warned."""
+    """One run, "tuning", "stable" or "ramp": the signals, and where the loss and the error left their past."""
     model = small_gpt2(seed, blocks.shape[1], **shape).to(held_out.device)
     watch = Watch(model, held_out, every)
 
@@ -177,8 +189,9 @@ def planted(
         train(model, blocks, steps, batch, seed, rate, watch.observe)
     record = {"kind": "planted", "run": kind, "seed": seed, "ramp": ramp if kind == "ramp" else None, "every": every}
     record |= {"steps": len(watch.losses), "instability": blow_up(watch.losses)}
-    record |= {"error_spike": error_spike(watch.steps, watch.errors), "warned": watch.warned, "observed": watch.steps}
-    return record | {"errors": watch.errors, "kappa_softmax": watch.kappas, "losses": watch.losses}
+    record |= {"error_spike": error_spike(watch.steps, watch.errors), "observed": watch.steps}
+    record |= {"signals": watch.signals, "controller_actions": len(watch.controller.actions)}
+    return record | {"errors": watch.errors, "losses": watch.losses}
 
 
 def callback_cost(model: PreTrainedModel, blocks: Tensor, steps: int, batch: int, name: str, every: int) -> dict:

@@ -10,7 +10,7 @@ text is held out. Arms: "plain" gradients; "span", SpanScaling; "random", the sa
 at every call; "uniform", dQ, dK and dV doubled. Tuning takes seeds of its own and as many runs for "plain" as for each of the next
 two: five learning rates × three seeds, against five pairs of coefficients × three of these rates, those around the best of "plain".
 Every arm and pair then runs at its best rate on the seeds of the comparison; within a seed all start from the same weights and see
-the same batches.
+the same batches. Each run is written to OUTPUT.jsonl as it ends; a second call with the same --output does those that are missing.
 """
 
 import argparse
@@ -20,11 +20,11 @@ import multiprocessing
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from span_scaling_report import best_rate, to_markdown
+from host import environment
+from span_scaling_report import SEEDS_MIN, best_rate, to_markdown
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -35,8 +35,6 @@ PAIRS = ((1.5, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 0.0), (2.0, 0.0))
 UNIFORM = (2.0, 2.0)
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 TUNING_SEEDS = (100, 101, 102)
-SEEDS_MIN = 2
-"""Seeds of the comparison that run whatever the time: fewer have no spread."""
 
 
 @dataclass(frozen=True)
@@ -158,23 +156,56 @@ def comparison(records: list[dict], seed: int) -> list[Run]:
 
 
 def host_of(setup: Setup, device: str, workers: int) -> dict:
-    names = ("torch", "transformers", *(["triton"] if device == "cuda" else []))
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    found = environment("transformers")
     options = {"pairs": PAIRS, "rates": RATES, "tuning_seeds": TUNING_SEEDS, "uniform": UNIFORM}
-    versions = {x: torch.__version__ if x == "torch" else version(x) for x in names}
-    return {"device": name, "workers": workers, "versions": versions, **options, **asdict(setup)}
+    versions = {name: found[name] for name in ("torch", "triton", "transformers")}
+    described = {"device": found["gpu"] if device == "cuda" else "CPU", "driver": found["driver"], "workers": workers}
+    return {**described, "versions": versions, **options, **asdict(setup)}
 
 
-def measure_all(setup: Setup, device: str, workers: int, minutes: float) -> list[dict]:
-    """Records of the tuning and of as many seeds as start within the time."""
-    records: list[dict] = []
+def key(run: dict) -> tuple:
+    """What tells two runs of one set-up apart."""
+    return run["phase"], run["arm"], tuple(run["pair"]), run["rate"], run["seed"]
+
+
+def resumed(path: Path | None, host: dict) -> list[dict]:
+    """Records of an earlier call, whose set-up must be this one's; a new file gets the host's line.
+
+    Raises:
+        ValueError: the file holds runs of another set-up or device.
+    """
+    if path is None:
+        return []
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(host) + "\n")
+        return []
+    first, *records = map(json.loads, path.read_text().splitlines())
+    free = ("seeds", "workers")
+    now = json.loads(json.dumps(host))
+    other = [name for name in now if name not in free and first.get(name) != now[name]]
+    if other:
+        raise ValueError(f"{path} holds runs with another {', '.join(other)}; give another --output, or remove it")
+    return records
+
+
+def measure_all(setup: Setup, device: str, workers: int, minutes: float, path: Path | None = None) -> list[dict]:
+    """Records of the tuning and of as many seeds as start within the time, those in `path` taken over and the rest added to it."""
+    records = resumed(path, host_of(setup, device, workers))
+    commit = environment()["commit"]
     started = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
 
         def finish(runs: list[Run]) -> None:
-            for record in pool.imap_unordered(partial(measure, setup=setup, device=device), runs):
-                records.append(record)
-                print(json.dumps(record), flush=True)
+            done = {key(record) for record in records}
+            missing = [run for run in runs if key(asdict(run)) not in done]
+            for record in pool.imap_unordered(partial(measure, setup=setup, device=device), missing):
+                records.append(record | {"commit": commit})
+                line = json.dumps(records[-1])
+                print(line, flush=True)
+                if path is not None:
+                    with path.open("a") as file:
+                        file.write(line + "\n")
 
         first = Run(
             "warm-up", "plain", (1.0, 1.0), RATES[0], 0
@@ -211,15 +242,11 @@ def main() -> None:
     if arguments.small or arguments.quick:
         setup = SMALL if arguments.small else QUICK
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    started = time.perf_counter()
-    records = measure_all(setup, device, arguments.workers, arguments.minutes)
-    setup = replace(setup, seeds=len({record["seed"] for record in records if record["phase"] == "compare"}))
-    host = {**host_of(setup, device, arguments.workers), "seconds": time.perf_counter() - started}
-    page = to_markdown(*json.loads(json.dumps([host, records])))
+    path = arguments.output.with_suffix(".jsonl") if arguments.output else None
+    records = measure_all(setup, device, arguments.workers, arguments.minutes, path)
+    page = to_markdown(*json.loads(json.dumps([host_of(setup, device, arguments.workers), records])))
     print(page)
     if arguments.output:
-        lines = [json.dumps(line) + "\n" for line in (host, *records)]
-        arguments.output.with_suffix(".jsonl").write_text("".join(lines))
         arguments.output.with_suffix(".md").write_text(page + "\n")
 
 

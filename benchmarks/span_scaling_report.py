@@ -1,9 +1,13 @@
 """The page of benchmarks/span_scaling.py: tables, paired tests and the sentences that the numbers allow."""
 
 import itertools
+import math
 import statistics
 
 SIGNIFICANT = 0.05
+SEEDS_MIN = 6
+"""Fewest paired seeds whose sign-flip test can reach SIGNIFICANT: its p is at least 2/2ⁿ, 0.0625 with five."""
+
 PUBLISHED = -0.56
 """Percent: the change of WikiText-2 validation loss that the abstract of arXiv 2512.13033 states."""
 
@@ -36,6 +40,26 @@ def sign_flip_p(differences: list[float]) -> float:
     return sum(x >= observed * (1 - 1e-12) for x in sums) / len(sums)
 
 
+def least_p(seeds: int) -> float:
+    """The p-value of differences that all have one sign."""
+    return 2 / 2**seeds
+
+
+def spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def complete(host: dict, records: list[dict]) -> tuple[dict, list[dict]]:
+    """Without the comparison's seeds that a cut-off call left unfinished; `seeds` counts the rest."""
+    compared: dict[int, int] = {}
+    for record in records:
+        if record["phase"] == "compare":
+            compared[record["seed"]] = compared.get(record["seed"], 0) + 1
+    whole = {seed for seed, runs in compared.items() if runs == 2 + 2 * len(host["pairs"])}
+    kept = [r for r in records if r["phase"] != "compare" or r["seed"] in whole]
+    return host | {"seeds": len(whole)}, kept
+
+
 def paired(records: list[dict], arm: tuple, control: tuple) -> dict[str, float]:
     """Change of the held-out loss against a control, seed by seed, in percent of the control's mean: mean, spread and p."""
     ours, theirs = ([r["held_out"] for r in chosen(records, "compare", *x)] for x in (arm, control))
@@ -43,7 +67,7 @@ def paired(records: list[dict], arm: tuple, control: tuple) -> dict[str, float]:
     unit = statistics.fmean(theirs) / 100
     return {
         "mean": statistics.fmean(differences) / unit,
-        "spread": statistics.stdev(differences) / unit,
+        "spread": spread(differences) / unit,
         "p": sign_flip_p(differences),
     }
 
@@ -64,6 +88,11 @@ def outcome(change: dict[str, float]) -> str:
 
 
 def verdict(host: dict, records: list[dict]) -> str:
+    if host["seeds"] < SEEDS_MIN:
+        return (
+            f"**Too few seeds for a verdict**: {host['seeds']}, where the sign-flip test's p is at least "
+            f"{least_p(host['seeds']):.3g}; {SEEDS_MIN} are needed for p < {SIGNIFICANT:g}."
+        )
     pair = selected(host, records)
     plain = paired(records, ("span", pair), ("plain", (1.0, 1.0)))
     random = paired(records, ("span", pair), ("random", pair))
@@ -76,7 +105,8 @@ def verdict(host: dict, records: list[dict]) -> str:
     return (
         f"The pair chosen in the tuning, a_parallel = {pair[0]:g} and a_perpendicular = {pair[1]:g}: its held-out loss "
         f"{outcome(plain)} that of plain gradients, {percent(plain)}, and {outcome(random)} that of random subspaces under the "
-        f"same factors, {percent(random)}. **{found}**, at p < {SIGNIFICANT:g}, in {host['seeds']} paired seeds. The abstract "
+        f"same factors, {percent(random)}. **{found}**, at p < {SIGNIFICANT:g}, in {host['seeds']} paired seeds (the least "
+        f"p that so many can give is {least_p(host['seeds']):.3g}). The abstract "
         f"states {PUBLISHED} % on WikiText-2, in a set-up we do not know."
     )
 
@@ -88,7 +118,7 @@ def row(records: list[dict], arm: str, pair) -> str:
         arm,
         f"{pair[0]:g}, {pair[1]:g}",
         f"{rate:g}",
-        f"{statistics.fmean(losses):.4f} ± {statistics.stdev(losses):.4f}",
+        f"{statistics.fmean(losses):.4f} ± {spread(losses):.4f}",
     ]
     cells.append("–" if arm == "plain" else percent(paired(records, (arm, pair), ("plain", (1.0, 1.0)))))
     cells.append(percent(paired(records, (arm, pair), ("random", pair))) if arm == "span" else "–")
@@ -113,8 +143,9 @@ def setup_of(host: dict, records: list[dict]) -> str:
         f"random weights, FP8 attention without the fused front end; bytes of the manual that ships with Python; "
         f"{host['steps']} AdamW steps of "
         f"{host['batch']} × {host['length']} bytes (β 0.9 and 0.95, decay 0.1, clip 1, warm-up and cosine), the last "
-        f"{host['held_out']} sequences held out. {host['device']}, {versions}; {len(records)} runs, {host['workers']} at a time, "
-        f"in {host['seconds'] / 60:.1f} minutes; {sum(r['overflows'] for r in records)} overflows."
+        f"{host['held_out']} sequences held out. {host['device']}, driver {host['driver']}, {versions}, commit "
+        f"{', '.join(sorted({r['commit'] for r in records}))}; {len(records)} runs, {host['workers']} at a time, of "
+        f"{sum(r['seconds'] for r in records) / 60:.1f} minutes in sum; {sum(r['overflows'] for r in records)} overflows."
     )
 
 
@@ -139,7 +170,16 @@ def notes_of(host: dict, records: list[dict]) -> str:
 
 
 def to_markdown(host: dict, records: list[dict]) -> str:
-    """The page, of the host's line and one record a run."""
+    """The page, of the host's line and one record a run.
+
+    Raises:
+        ValueError: no seed of the comparison is complete.
+    """
+    host, records = complete(host, records)
+    if not host["seeds"]:
+        raise ValueError(
+            "a page needs one complete seed of the comparison, got none; call with the same --output to go on"
+        )
     arms = [("plain", (1.0, 1.0)), *((arm, pair) for pair in host["pairs"] for arm in ("span", "random"))]
     lines = [
         "# Span scaling",
@@ -151,7 +191,7 @@ def to_markdown(host: dict, records: list[dict]) -> str:
         "`patch_model(model, span_scaling=SpanScaling(a_parallel, a_perpendicular))` for a patched model,",
         "`scale_span_gradients(query, key, value, scaling)` in front of any other attention function. The forward is untouched; a",
         "patched model goes without its fused front end, since spans are those of rotated queries and keys. What it costs:",
-        "[span_cost.md](span_cost.md). How much of the gradients is parallel: [span_operands.md](span_operands.md).",
+        "`benchmarks/span_cost.py`. How much of the gradients is parallel: [span_operands.md](span_operands.md).",
         "",
         verdict(host, records),
         "",

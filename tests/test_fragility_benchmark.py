@@ -13,7 +13,14 @@ from hf_geoscale import patch_model
 from .conftest import tiny_model, tokens
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-MODULES = ("fragility", "fragility_measure", "fragility_nulls", "fragility_tables", "fragility_training")
+MODULES = (
+    "fragility",
+    "fragility_measure",
+    "fragility_nulls",
+    "fragility_tables",
+    "fragility_training",
+    "fragility_warnings",
+)
 
 
 @pytest.fixture
@@ -74,7 +81,7 @@ def test_events(benchmark):
 
 
 def test_the_share_of_windows_with_a_warning(benchmark):
-    tables, rule = benchmark["fragility_tables"], benchmark["fragility_training"].RULE
+    tables, rule = benchmark["fragility_tables"], benchmark["fragility_warnings"].RULE
     begin = rule["span"] + rule["warm_up"]
     run = {"every": 1, "steps": begin + 20, "warned": {"κ_softmax": [begin + 10]}}
     assert tables.window_rate(run, "κ_softmax", 5) == 5 / 16
@@ -90,6 +97,47 @@ def test_the_sentence_on_warnings(benchmark):
         in said
     )
     assert "gradient norm warned before 0 of 1 instabilities of the loss and in 1 of 1 stable runs" in said
+    assert "n = 2 ramps and 1 stable runs" in said
+
+
+def test_ratios_are_calibrated_to_no_false_alarm_in_the_tuning_runs(benchmark):
+    warnings = benchmark["fragility_warnings"]
+    flat = [1.0] * 40
+    runs = [
+        {
+            "observed": list(range(41)),
+            "signals": {name: [*flat, 1 + i + last] for i, name in enumerate(warnings.SIGNALS)},
+        }
+        for last in (0.5, 2.0)
+    ]
+    ratios = warnings.calibrated(runs)
+    assert list(ratios.values()) == pytest.approx([3.0, 4.0, 5.0, 6.0])
+    assert all(not steps for run in runs for steps in warnings.warned(run, ratios).values())
+    less = {name: ratio - 1e-6 for name, ratio in ratios.items()}
+    assert all(steps == [40] for steps in warnings.warned(runs[1], less).values())
+    assert warnings.excess([*flat, float("nan")]) == float("inf")
+    assert warnings.excess(flat[::-1]) == 1.0
+
+
+def test_parts_are_written_as_they_end_and_not_done_again(benchmark, tmp_path):
+    main, path, calls = benchmark["fragility"], tmp_path / "records.jsonl", []
+
+    def part(name: str, fails: bool = False) -> list[dict]:
+        calls.append(name)
+        if fails:
+            raise KeyboardInterrupt
+        return [{"kind": "layers", "name": name}]
+
+    first, second = (lambda fails=False, name=name: part(name, fails) for name in "ab")
+    with pytest.raises(KeyboardInterrupt):
+        main.measure({"a": first, "b": lambda: second(True)}, {"command": "x"}, path, 60.0)
+    assert [json.loads(line).get("kind") for line in path.read_text().splitlines()] == [None, "layers", "part"]
+    assert not main.measure({"a": first, "b": second}, {"command": "x"}, path, 0.0)
+    assert main.measure({"a": first, "b": second}, {"command": "x"}, path, 60.0)
+    assert calls == ["a", "b", "b"]
+    assert len(path.read_text().splitlines()) == 5
+    with pytest.raises(ValueError, match="give another --output, or remove it"):
+        main.measure({}, {"command": "y"}, path, 60.0)
 
 
 def settings(ours: list[float], norms: list[float], entropy: list[float]) -> list[dict]:

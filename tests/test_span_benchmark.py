@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,13 +27,13 @@ def records(span: float = 0.0, random: float = 0.0, seeds: int = 8) -> tuple[dic
     def record(run: Run) -> dict:
         wobble = 0.01 * ((run.seed * 7 + round(10 * sum(run.pair)) + len(run.arm)) % 5 - 2)
         loss = 2.0 + abs(run.rate - RATES[2]) + shift[run.arm] - 0.05 * (run.pair == PAIRS[3]) + wobble
-        return {**vars(run), "held_out": loss, "overflows": 0, "seconds": 1.0}
+        return {**vars(run), "held_out": loss, "overflows": 0, "seconds": 1.0, "commit": "abc"}
 
     found = [record(run) for run in span_scaling.tuning((PLAIN,), RATES, ("plain",), TUNING_SEEDS)]
     rates = span_scaling.rates_around(report.best_rate(found, "plain", PLAIN))
     found += [record(run) for run in span_scaling.tuning(PAIRS, rates, ("span", "random"), TUNING_SEEDS[:1])]
     found += [record(run) for seed in range(seeds) for run in span_scaling.comparison(found, seed)]
-    host = {**span_scaling.host_of(replace(QUICK, seeds=seeds), "cpu", 1), "seconds": 60.0}
+    host = span_scaling.host_of(replace(QUICK, seeds=seeds), "cpu", 1)
     return json.loads(json.dumps([host, found]))
 
 
@@ -76,6 +77,48 @@ class TestRuns:
     def test_rates_stay_among_those_of_plain(self, best, expected):
         assert span_scaling.rates_around(RATES[best]) == tuple(RATES[i] for i in expected)
 
+    def test_a_run_cut_off_loses_nothing_and_goes_on(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(span_scaling.multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=SameProcess))
+        asked: list[Run] = []
+
+        def measure(run: Run, setup, device) -> dict:
+            if len(asked) == 40:
+                raise KeyboardInterrupt
+            asked.append(run)
+            return vars(run) | {"held_out": 2.0 + run.rate, "overflows": 0, "seconds": 1.0}
+
+        monkeypatch.setattr(span_scaling, "measure", measure)
+        path, setup = tmp_path / "runs.jsonl", replace(QUICK, seeds=1)
+        with pytest.raises(KeyboardInterrupt):
+            span_scaling.measure_all(setup, "cpu", 1, 1.0, path)
+        written = path.read_text().splitlines()
+        assert len(written) == 1 + 40 - 1  # the warm-up is no record
+        asked[:] = [run for run in asked if run.phase != "warm-up"][:10]  # room for what is missing
+        records = span_scaling.measure_all(setup, "cpu", 1, 1.0, path)
+        assert len({span_scaling.key(r) for r in records}) == len(records) == 45 + 2 + 2 * len(PAIRS)
+        assert path.read_text().splitlines()[: len(written)] == written
+        with pytest.raises(ValueError, match=r"holds runs with another steps; give another --output"):
+            span_scaling.measure_all(replace(setup, steps=4), "cpu", 1, 1.0, path)
+
+
+class SameProcess:
+    """A pool that works where it is asked."""
+
+    def __init__(self, workers: int):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def apply(self, function, arguments):
+        return function(*arguments)
+
+    def imap_unordered(self, function, runs):
+        return map(function, runs)
+
 
 class TestReport:
     @pytest.mark.parametrize(
@@ -95,6 +138,23 @@ class TestReport:
         page = report.to_markdown(host, runs)
         assert page.count("\n| span |") == page.count("\n| random |") == 2 * len(PAIRS)
         assert "reconstruction from the abstract" in page
+
+    @pytest.mark.parametrize(("seeds", "p"), [(1, "1"), (2, "0.5"), (5, "0.0625")])
+    def test_too_few_seeds_have_no_verdict(self, seeds, p):
+        host, runs = records(-0.2, 0.0, seeds)
+        found = report.to_markdown(host, runs)
+        assert f"**Too few seeds for a verdict**: {seeds}, where the sign-flip test's p is at least {p};" in found
+        assert "The spans help" not in found
+        assert report.least_p(report.SEEDS_MIN) < report.SIGNIFICANT <= report.least_p(report.SEEDS_MIN - 1)
+
+    def test_a_seed_that_was_cut_off_is_left_out(self):
+        host, runs = records(-0.2, 0.0, seeds=7)
+        assert "7 paired seeds (the least p that so many can give is 0.0156)" in report.to_markdown(host, runs)
+        cut = runs[:-1]
+        assert "6 paired seeds (the least p that so many can give is 0.0312)" in report.to_markdown(host, cut)
+        none = [r for r in runs if r["phase"] == "tune"]
+        with pytest.raises(ValueError, match="one complete seed of the comparison, got none"):
+            report.to_markdown(host, none)
 
     def test_the_sign_flip_test(self):
         assert report.sign_flip_p([1.0] * 8) == 2 / 256

@@ -257,8 +257,8 @@ def fragility_report(
 ) -> FragilityReport:
     """Fragility of every layer to low precision, and the predicted mismatch of the logits; see `FragilityProbe` for the rest.
 
-    A first-order estimate by upper bounds: for ranking layers, steps and precisions, not the error's size. How well it ranks is
-    measured in docs/fragility.md. Source: arXiv 2510.21770 and its AISTATS 2026 version, from summaries.
+    A first-order estimate by upper bounds: for ranking layers, steps and precisions, not the error's size. How well it ranks
+    is what benchmarks/fragility.py measures. Source: arXiv 2510.21770 and its AISTATS 2026 version, from summaries.
 
     Args:
         model: a decoder of a supported family, patched or not, or a PEFT model of one.

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +19,9 @@ OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 
 FIXED_EPSILON = 1e-5
 """ε of norm layers that keep none as an attribute (OLMo's `OlmoLayerNorm.forward`)."""
+
+RMS_NORM_EPSILON = torch.finfo(torch.float32).eps
+"""ε of `nn.RMSNorm(eps=None)`: of the type torch computes in, float32 for half-precision inputs too."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,9 @@ def norm_epsilon(norm: Any) -> float:
     """ε of a norm layer."""
     norm = active_module(norm)
     name = epsilon_name(norm)
-    return FIXED_EPSILON if name is None else float(getattr(norm, name))
+    if name is not None:
+        return float(getattr(norm, name))
+    return RMS_NORM_EPSILON if isinstance(norm, nn.RMSNorm) else FIXED_EPSILON
 
 
 def is_centred(norm: Any) -> bool:

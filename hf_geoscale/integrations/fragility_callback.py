@@ -19,7 +19,7 @@ from .fragility import FragilityProbe
 logger = logging.getLogger(__name__)
 
 EVERY_N_STEPS = 100
-"""Default cadence, meant to cost at most 5 % of the training time; docs/fragility.md measures it."""
+"""Default cadence, meant to cost at most 5 % of the training time; benchmarks/fragility.py measures it."""
 
 
 class FragilityCallback(TrainerCallback):
@@ -28,8 +28,8 @@ class FragilityCallback(TrainerCallback):
     The same tokens are probed each time, so that the series shows the weights: `batch`, or the first rows of the first training
     batch. Each log gains, of the latest probe, `fragility/predicted` (Σ risk), `fragility/kappa_softmax` (largest of any layer),
     `fragility/worst_layer`; and of all since the last log `fragility/seconds`; with a warning rule `fragility/warnings` and with a
-    controller `fragility/epsilon_actions` (totals). All of this process: nothing is reduced over processes. Reporters such as W&B
-    run before user callbacks: `attach(trainer)` puts this one first.
+    controller `fragility/epsilon_actions` (totals). All of this process: nothing is reduced over processes, and a controller is
+    refused where there are several. Reporters such as W&B run before user callbacks: `attach(trainer)` puts this one first.
 
     Args:
         every_n_steps: N ≥ 1; the first probe is after step 1, the next after steps N, 2N…
@@ -38,7 +38,7 @@ class FragilityCallback(TrainerCallback):
         v1: also the first version's quantities; they cost seconds a probe.
         early_warning: an `EarlyWarning` that gets the largest κ_softmax of each probe, and whose warnings are logged.
         controller: a `NormEpsilonController`; it changes the norm layers' ε. Call its `restore` to undo that, or leave
-            `restore_at_end`.
+            `restore_at_end`. For training in one process only.
         restore_at_end: put ε back when training ends. With False the trained model keeps the raised ε in memory, but no checkpoint
             holds it.
         sequences, max_length: what is taken of the training batch, rows and tokens.
@@ -85,6 +85,11 @@ class FragilityCallback(TrainerCallback):
         return self
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.controller is not None and args.world_size > 1:
+            raise ValueError(
+                f"FragilityCallback(controller=...) needs training in one process, got {args.world_size}: each process probes its "
+                "own batch and would raise other layers' ε, so that the replicas become different models. Pass controller=None"
+            )
         self.probe = FragilityProbe(model, **self.options)
         if self.batch is None:
             self._hook = model.register_forward_pre_hook(self._keep, with_kwargs=True)

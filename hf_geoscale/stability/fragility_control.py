@@ -19,7 +19,7 @@ class EarlyWarning:
 
     After each observation m = the maximum of the last `span`; a warning when m > `ratio` × the median of the maxima before
     these. The published rule is the running maximum alone (lead 16–24 steps); the numbers are ours, chosen on runs of a small
-    GPT-2, and docs/fragility.md says how often they warn of nothing.
+    GPT-2; benchmarks/fragility.py counts how often they warn of nothing.
 
     Args:
         span: observations of the running maximum.
@@ -34,7 +34,6 @@ class EarlyWarning:
     ratio: float = 2.0
     recent: deque[float] = field(default_factory=deque, init=False)
     past: deque[float] = field(default_factory=deque, init=False)
-    warnings: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.span < 1 or self.warm_up < 1:
@@ -56,7 +55,6 @@ class EarlyWarning:
             self.recent.popleft()
             if largest < float("inf"):
                 self.past.append(largest)
-        self.warnings += warns
         return warns
 
 

@@ -1,6 +1,7 @@
 """`FragilityCallback` in a Trainer: what it logs, when it probes, and that it disturbs nothing."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +159,17 @@ def test_the_heat_map(tmp_path, monkeypatch):
     callback.heat_map("c.png", "kappa_softmax")
     values = [[row["kappa_softmax"] for row in report.rows] for _, report in callback.history]
     assert drawn == [([1, 2, 4], values, "c.png", "kappa_softmax")]
+
+
+def test_a_controller_is_refused_in_several_processes():
+    several = SimpleNamespace(world_size=2)
+    callback = FragilityCallback(controller=NormEpsilonController())
+    with pytest.raises(ValueError, match=r"needs training in one process, got 2: .*Pass controller=None"):
+        callback.on_train_begin(several, None, None, model=tiny_model("llama"))
+    assert callback.probe is None
+    watching = FragilityCallback(batch=tokens(1, 8))
+    watching.on_train_begin(several, None, None, model=tiny_model("llama"))
+    assert watching.probe is not None
 
 
 def test_what_is_refused():

@@ -9,6 +9,7 @@ from torch import nn
 from benchmarks.families import tiny
 from hf_geoscale import UnsupportedModelError, fragility_report, patch_model, unpatch_model
 from hf_geoscale.integrations.fragility import FragilityProbe
+from hf_geoscale.integrations.fragility_blocks import FIXED_EPSILON, norm_epsilon
 from hf_geoscale.integrations.fragility_contexts import ieee_float32
 
 from ..conftest import tiny_model, tokens
@@ -170,3 +171,14 @@ def test_a_gpu_reports_what_the_cpu_does():
         ):
             assert one[name] == pytest.approx(other[name], rel=1e-3), name
     assert there.predicted_v1 == pytest.approx(here.predicted_v1, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_epsilon_of_torchs_rms_norm_is_the_one_it_computes_with(dtype):
+    norm = nn.RMSNorm(8, eps=None, dtype=dtype)
+    x = torch.full((1, 8), 1e-4, dtype=dtype)
+    square = x.double()[0, 0].square()
+    inside = square / norm(x).double()[0, 0].square() - square  # y = x/√(x² + ε)
+    assert float(inside) == pytest.approx(norm_epsilon(norm), rel=0.02)  # BF16's output is rounded to 2⁻⁸
+    assert norm_epsilon(nn.RMSNorm(8, eps=3e-4)) == 3e-4
+    assert norm_epsilon(nn.Module()) == FIXED_EPSILON
