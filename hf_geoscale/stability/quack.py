@@ -143,6 +143,7 @@ class LogitChangeControl(Optimizer):
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.inner.param_groups = groups
+        self._scaled = None  # looked up at the next step: a framework may still be exchanging parameters
 
     @property
     def state(self) -> Any:
@@ -157,7 +158,10 @@ class LogitChangeControl(Optimizer):
         return self.inner.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Hand parameters over to the inner optimizer (gradual unfreezing); those of the slices are controlled from the next step
+        on, against the norms at the first step of all."""
         self.inner.add_param_group(param_group)
+        self._scaled = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none=set_to_none)

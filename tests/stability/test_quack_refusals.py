@@ -49,3 +49,42 @@ def test_float32_weights_are_not_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LogitChangeControl(adamw(model), slices_of(model))
+
+
+class TestGroups:
+    def halved(self, control, model, still=None) -> None:
+        """A step moves every controlled weight by half of what SGD does, the first factor being τ = 0.5."""
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        gradients(model)
+        control.step()
+        for name, parameter in model.named_parameters():
+            expected = start[name] - (0.0 if name == still else 0.5 * 1e-3) * parameter.grad
+            torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-15)
+
+    def test_weights_unfrozen_later_are_controlled(self):
+        model = projections()
+        inner = torch.optim.SGD([model.q.weight], lr=1e-3)
+        control = LogitChangeControl(inner, slices_of(model), tau=0.5, adaptive=False)
+        self.halved(control, model, still="k.weight")
+        control.add_param_group({"params": [model.k.weight]})
+        self.halved(control, model)
+
+    def test_groups_that_are_replaced(self):
+        model = projections()
+        inner = torch.optim.SGD([model.q.weight], lr=1e-3)
+        control = LogitChangeControl(inner, slices_of(model), tau=0.5, adaptive=False)
+        control.param_groups = [control.param_groups[0] | {"params": list(model.parameters())}]
+        self.halved(control, model)
+        control.param_groups = [control.param_groups[0] | {"params": [nn.Parameter(torch.ones(2))]}]
+        with pytest.raises(ValueError, match="SGD holds none of the 2 weights and biases that make queries and keys"):
+            control.step()
+
+    def test_norms_at_the_start_are_those_of_the_first_step(self):
+        model = projections()
+        control = LogitChangeControl(adamw(model.q), slices_of(model))
+        start = control.factors()
+        with torch.no_grad():
+            model.q.weight.mul_(4.0)
+        control.add_param_group({"params": [model.k.weight]})
+        keys = control.factors()[-2:]
+        torch.testing.assert_close(keys, start[-2:] / 4)
