@@ -18,10 +18,11 @@ class QuacK(LogitChangeControl):
         η(W_Q[h]) = τ·η·‖W_K[g]‖₀/‖W_K[g]‖,  η(W_K[g]) = τ·η·max_h‖W_Q[h]‖₀/max_h‖W_Q[h]‖  over the query heads h that share g,
 
     Frobenius norms; the rules of arXiv 2511.21377 (grouped queries are ours). DeepSeek's latent attention has the paper's rules
-    less the norms that cannot reach the logits: a norm follows W_DQ and W_DKV (ours; `latent_rules`). Decoupled weight decay is scaled
-    with the rest of the update, as a learning rate would. Biases follow the factors of their heads and count in no norm. Fused weights, FSDP2 shards, schedulers, gradient accumulation, GradScaler, the Trainer and accelerate work as with the
-    inner optimizer; weights are to be float32. Several optimizers (Muon for matrices, AdamW for the rest): wrap each that holds
-    W_Q or W_K.
+    less the norms that cannot reach the logits: a norm follows W_DQ and W_DKV (ours; `latent_rules`). Decoupled weight decay is
+    scaled with the rest of the update, as a learning rate would. Biases follow the factors of their heads and count in no norm.
+    Fused weights, FSDP2 shards, schedulers, gradient accumulation, GradScaler, the Trainer and accelerate work as with the inner
+    optimizer; weights are to be float32. Several optimizers (Muon for matrices, AdamW for the rest): wrap each that holds W_Q or
+    W_K.
     The bound is on the change: it does not by itself cap the logits.
 
     Args:
