@@ -30,8 +30,9 @@ class QKClip(TrainerCallback):
 
     source="observed" is Kimi K2's: S_max is the largest |logit| of the training forwards since the last step, over all
     processes; evaluation counts for nothing, and until `remove()` geometry_report shows no logits of it. A patched model must have
-    been patched with observe_logits=True; an unpatched one is observed under "sdpa" and "eager" attention. source="certificate" is ours: S_max is the certificate, read off the weights without a
-    forward or a collective. It keeps every logit of every input below the threshold, and clips earlier, being an upper bound.
+    been patched with observe_logits=True; an unpatched one is observed under "sdpa" and "eager" attention, until `remove()`.
+    source="certificate" is ours: S_max is the certificate, read off the weights without a forward or a collective. It keeps every
+    logit of every input below the threshold, and clips earlier, being an upper bound.
 
     γ is split as √γ on W_Q and √γ on W_K; for grouped queries see `stability.clip_factors` (ours). Latent attention (observed
     only): √γ on W_UQ and W_UK, γ on W_QR, the shared W_KR stays. Biases shrink with their weights; optimizer state is left alone.
