@@ -1,4 +1,4 @@
-"""What benchmarks/logit_change.py calls stable, and that its page is what its records say."""
+"""What benchmarks/logit_change.py calls diverged, and that its page is what its records say."""
 
 import importlib.util
 import json
@@ -27,41 +27,61 @@ def record(held_out, rate=0.01, seed=0, control="plain", losses=None) -> dict:
 
 
 STABLE = [3.0, 2.0, 2.05]
-UNSTABLE = {
+LITTLE = [3.3, 2.95, 2.91]
+DIVERGED = {
     "risen": {"held_out": [3.0, 2.0, 2.11]},
-    "no better than byte frequencies": {"held_out": [3.3, 2.95, 2.91]},
+    "risen above the loss before the first step": {"held_out": [5.5, 5.61]},
     "a loss that is not finite": {"held_out": STABLE, "losses": [3.0, math.nan, 2.0]},
     "a probe that is not finite": {"held_out": [3.0, math.inf, 2.0]},
     "ended early": {"held_out": STABLE, "losses": [3.0, 2.5]},
     "ended before a probe": {"held_out": [], "losses": [3.0]},
 }
-
-
-def test_a_stable_run(report):
-    assert report.is_stable(record(STABLE), ENTROPY)
-
-
-@pytest.mark.parametrize("reason", UNSTABLE)
-def test_unstable_runs(report, reason):
-    run = record(**UNSTABLE[reason])
-    assert not report.is_stable(run, ENTROPY)
-    assert "1/1 unstable" in report.to_markdown(HOST, [run])
-
-
 HOST = dict.fromkeys(("command", "device", "driver", "torch", "triton", "transformers", "commit"), "x")
 HOST |= {"byte_entropy": ENTROPY, "threshold": 100.0, "runs": 6}
 
 
-def test_the_highest_stable_rate_is_below_the_first_break_of_any_seed(report):
+def test_a_stable_run(report):
+    assert not report.diverged(record(STABLE))
+    assert not report.learnt_little(record(STABLE), ENTROPY)
+
+
+@pytest.mark.parametrize("reason", DIVERGED)
+def test_diverged_runs(report, reason):
+    run = record(**DIVERGED[reason])
+    assert report.diverged(run)
+    assert not report.learnt_little(run, ENTROPY)
+    page = report.to_markdown(HOST, [run])
+    assert "(1/1 diverged)" in page
+    assert "- Muon, FP8 attention: 1 of the 1 runs diverged; highest stable rates: plain none." in page
+
+
+def test_learning_too_little_is_marked_and_no_divergence(report):
+    run = record(LITTLE)
+    assert not report.diverged(run)
+    assert report.learnt_little(run, ENTROPY)
+    page = report.to_markdown(HOST, [run])
+    assert "| FP8 | plain | ≥ 0.01 | 2.910° | 0 | – |" in page
+    assert "no rate of this sweep made any of the 1 runs diverge: the highest stable rate was not found" in page
+
+
+def test_the_highest_stable_rate_is_below_the_first_divergence_of_any_seed(report):
     runs = [record(STABLE, rate, seed) for rate in (0.3, 0.1, 0.01) for seed in (0, 1)]
     (sweep,) = report.sweeps(runs).values()
-    assert report.highest_stable_rate(sweep, ENTROPY) == 0.3
-    runs[2] = record(UNSTABLE["risen"]["held_out"], 0.1)
+    assert report.highest_stable_rate(sweep) == 0.3
+    assert "| plain | ≥ 0.3 |" in report.to_markdown(HOST, runs)
+    runs[2] = record(DIVERGED["risen"]["held_out"], 0.1)
     (sweep,) = report.sweeps(runs).values()
-    assert report.highest_stable_rate(sweep, ENTROPY) == 0.01
+    assert report.highest_stable_rate(sweep) == 0.01
     page = report.to_markdown(HOST, runs)
-    assert "| FP8 | plain | 0.01 | 2.050 ± 0.000 | 2.080 ± 0.042 (1/2 unstable) | 2.050 ± 0.000 | 0 | – |" in page
+    assert "| FP8 | plain | 0.01 | 2.050 ± 0.000 | 2.080 ± 0.042 (1/2 diverged) | 2.050 ± 0.000 | 0 | – |" in page
+    assert "1 of the 6 runs diverged; highest stable rates: plain 0.01." in page
     assert page == report.to_markdown(HOST, runs[::-1])
+
+
+def test_which_runs_the_rule_was_written_after(report):
+    assert "commit 61fce98 had been looked at" in report.to_markdown(HOST, [record(STABLE)])
+    first = HOST | {"commit": report.FIRST_COMMIT}
+    assert "commit 61fce98, those below, had been looked at" in report.to_markdown(first, [record(STABLE)])
 
 
 def test_the_page_is_rendered_from_its_records(report):

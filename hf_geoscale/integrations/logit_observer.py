@@ -96,8 +96,8 @@ def _observe(original: str, module: Any, query: Tensor, key: Tensor, value: Tens
     if observer is not None and module.training:
         causal = call.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        observer.add(module, logit_amax(query, key, attention_mask, scale, causal))
+        softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        observer.add(module, logit_amax(query, key, attention_mask, softmax_scale, causal))
     own: Any = sys.modules[type(module).__module__]  # eager attention is a function of each family
     attend: Any = own.eager_attention_forward if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
     return attend(module, query, key, value, attention_mask, **call)

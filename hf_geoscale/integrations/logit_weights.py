@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,13 @@ _QK_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm"
 MLA_FAMILIES = ("deepseek_v2", "deepseek_v3")
 """`config.model_type` of the models whose multi-head latent attention is read here."""
 
+LatentRules = Literal["normalised", "published"]
+"""Whether the rules for latent attention know of the norms on the latents."""
+
 
 @dataclass(frozen=True)
 class AttentionSlices:
-    """Numbers of one attention layer's slices, by head. `rotary_query` and `latent` are of latent attention only."""
+    """Numbers of one attention layer's slices, by head. `rotary_query` is of latent attention only."""
 
     attention: nn.Module
     query: list[int]  # Hq; without RoPE in latent attention
@@ -57,10 +60,10 @@ class _Builder:
         if linear.bias is not None:
             self.found.biases.append(HeadSlices(attention, f"{module}.bias", labels, 0, f"{name}.bias"))
 
-    def couple(self, *slots: int) -> None:
-        """Logits of these slices' product: each reaches them through all the others."""
+    def couple(self, *slots: int, silent: Sequence[int] = ()) -> None:
+        """Logits of these slices' product: each reaches them through all the others but the silent, whose size has no effect."""
         for slot in slots:
-            self.found.products.append((slot, tuple(s for s in slots if s != slot)))
+            self.found.products.append((slot, tuple(s for s in slots if s != slot and s not in silent)))
 
 
 def _refuse_projection(linear: Any, name: str) -> None:
@@ -158,9 +161,13 @@ def _read_site(builder: _Builder, site: AttentionSite) -> AttentionSlices:
     return layout(builder, site, **({"name": given["name"]} if "name" in given else {}))
 
 
-def _read_latent(builder: _Builder, attention: Any, layer: int) -> AttentionSlices:
-    """Multi-head latent attention: q = [W_uq W_dq x, R W_qr W_dq x], k = [W_uk W_dkv x, R W_kr x], one latent pair for all heads.
+def _read_latent(builder: _Builder, attention: Any, layer: int, rules: LatentRules) -> AttentionSlices:
+    """Multi-head latent attention: q = [W_uq c_q, R W_qr c_q], k = [W_uk c_kv, R W_kr x], one pair of latents c for all heads.
 
+    "published": c_q = W_dq x, c_kv = W_dkv x, so that ‖W_dq‖ and ‖W_dkv‖ multiply what the other weights do. "normalised" (ours):
+    c = γ ⊙ W x / rms(W x), as the models have it. That is the same for s·W, up to the norm's ε: ‖W_dq‖ and ‖W_dkv‖ drop out of the
+    others' products. For W itself, c(sW + Δ) = c(W + Δ/s): a change of given size reaches the logits by 1/‖W‖, so its factor is
+    (‖W‖/‖W‖₀)·(the product of the rest)₀/(that product).
     Without a query latent (`q_lora_rank` = None) W_uq and W_qr act on x, and the factor ‖W_dq‖ drops out (our reading).
     """
     where, heads = f"layer {layer}", attention.num_heads
@@ -172,9 +179,13 @@ def _read_latent(builder: _Builder, attention: Any, layer: int) -> AttentionSlic
     if attention.q_lora_rank is not None:
         shared = [builder.slot(f"{where}, W_DQ")]
         builder.add(attention, where, "q_a_proj", [(shared[0], attention.q_lora_rank)])
+    knows = rules == "normalised"
+    normalised = shared if knows and getattr(attention, "q_a_layernorm", None) is not None else []
+    normalised = [*normalised, dkv] if knows and getattr(attention, "kv_a_layernorm", None) is not None else normalised
     for head in range(heads):
-        builder.couple(uq[head], *shared, uk[head], dkv)
-        builder.couple(qr[head], *shared, kr)
+        builder.couple(uq[head], *shared, uk[head], dkv, silent=normalised)
+        builder.couple(qr[head], *shared, kr, silent=normalised)
+    builder.found.normalised += normalised
     queries = [(slot, rows) for pair in zip(uq, qr, strict=True) for slot, rows in zip(pair, (nope, rope), strict=True)]
     builder.add(attention, where, "q_b_proj" if shared else "q_proj", queries)
     builder.add(attention, where, "kv_a_proj_with_mqa", [(dkv, rank), (kr, rope)])
@@ -193,20 +204,26 @@ def base_model(model: Any) -> Any:
     return base
 
 
-def logit_weights(model: Any) -> tuple[LogitWeights, list[AttentionSlices]]:
+def logit_weights(model: Any, latent_rules: LatentRules = "normalised") -> tuple[LogitWeights, list[AttentionSlices]]:
     """The slices of a model that make its logits, and by layer.
 
     Args:
         model: a decoder of a family in docs/families.md without q/k norm, or DeepSeek-V2 or -V3; a PEFT model of one that leaves
             queries and keys without adapters.
+        latent_rules: "published", or "normalised" to account for the norms on the latents of DeepSeek's attention.
     Raises:
+        ValueError: unknown rules.
         UnsupportedModelError: another family, a q/k norm, an adapter or quantised weights on queries or keys.
     """
+    if latent_rules not in get_args(LatentRules):
+        raise ValueError(f"latent_rules must be 'normalised' or 'published', got {latent_rules!r}")
     model = base_model(model)
     builder = _Builder()
     if model.config.model_type in MLA_FAMILIES:
         modules = [m for m in model.modules() if hasattr(m, "kv_a_proj_with_mqa") and hasattr(m, "kv_b_proj")]
-        builder.layers = [_read_latent(builder, attention, layer) for layer, attention in enumerate(modules)]
+        builder.layers = [
+            _read_latent(builder, attention, layer, latent_rules) for layer, attention in enumerate(modules)
+        ]
     else:
         builder.layers = [_read_site(builder, site) for site in attention_sites(model)]
     return builder.found, builder.layers

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..errors import UnsupportedModelError
@@ -29,9 +29,10 @@ class QKClip(TrainerCallback):
         Trainer(model, callbacks=[QKClip(model)])
 
     source="observed" is Kimi K2's: S_max is the largest |logit| of the training forwards since the last step, over all
-    processes. A patched model must have been patched with observe_logits=True; an unpatched one is observed under "sdpa" and
-    "eager" attention, until `remove()`. source="certificate" is ours: S_max is the certificate, read off the weights without a
-    forward or a collective. It keeps every logit of every input below the threshold, and clips earlier, being an upper bound.
+    processes; evaluation counts for nothing, and until `remove()` geometry_report shows no logits of it. A patched model must have
+    been patched with observe_logits=True; an unpatched one is observed under "sdpa" and "eager" attention, until `remove()`.
+    source="certificate" is ours: S_max is the certificate, read off the weights without a forward or a collective. It keeps every
+    logit of every input below the threshold, and clips earlier, being an upper bound.
 
     γ is split as √γ on W_Q and √γ on W_K; for grouped queries see `stability.clip_factors` (ours). Latent attention (observed
     only): √γ on W_UQ and W_UK, γ on W_QR, the shared W_KR stays. Biases shrink with their weights; optimizer state is left alone.
@@ -61,6 +62,7 @@ class QKClip(TrainerCallback):
                 f"QK-Clip writes W_Q and W_K, and {len(frozen)} of them are frozen ({frozen[0]}): train them, or leave QKClip out"
             )
         self.observer: LogitObserver | None = None
+        self._hooks: list[Any] = []  # of a patched model's attention modules
         self.seen: list[Tensor] | None = None  # between the two calls of a Trainer
         self.clipped_heads, self.logit_amax = 0, 0.0
         if source == "observed":
@@ -75,9 +77,14 @@ class QKClip(TrainerCallback):
             raise ValueError(
                 "the model was patched without observing logits: patch_model(model, observe_logits=True), or source='certificate'"
             )
+        else:
+            for layer in self.layers:
+                self._hooks += _forget_evaluation(layer.attention)
 
     def remove(self) -> None:
         """Stop observing: an unpatched model gets its own attention implementation back."""
+        while self._hooks:
+            self._hooks.pop().remove()
         if self.observer is not None:
             self.observer.remove()
             self.observer = None
@@ -154,6 +161,23 @@ class QKClip(TrainerCallback):
             logs.update(metrics)
             if state.log_history:
                 state.log_history[-1].update(metrics)
+
+
+def _forget_evaluation(attention: nn.Module) -> list[Any]:
+    """Hooks that give a patched attention the logits back that it had seen before a forward outside of training."""
+    before: list[Tensor | None] = []
+
+    def keep(module: nn.Module, *_: Any) -> None:
+        state = module.__dict__.get("geoscale")
+        if isinstance(state, GeoScaleLayer) and not module.training:
+            before.append(state.statistics.logit_amax)
+
+    def restore(module: nn.Module, *_: Any) -> None:
+        state = module.__dict__.get("geoscale")
+        if isinstance(state, GeoScaleLayer) and before:
+            state.statistics.logit_amax = before.pop()
+
+    return [attention.register_forward_pre_hook(keep), attention.register_forward_hook(restore, always_call=True)]
 
 
 def _fill(factors: Tensor, layer: AttentionSlices, amax: Tensor, threshold: float) -> None:

@@ -13,8 +13,9 @@ def clip_factors(
 
     √γ on both where a key head has one query head. A key head that several query heads share takes the √ of its group's smallest
     γ, and each query head the rest, γ/√γ_min: so every head's logits shrink by its own γ, and no other head's do. A query head that
-    needs no clipping in such a group grows by 1/√γ_min. A head with NaN or Inf keeps its weights: a step that gave those has
-    diverged, or fp16's GradScaler skips it.
+    needs no clipping in such a group grows by 1/√γ_min. A head with NaN or Inf counts as one that needs none: its
+    weights stay as they are, unless another head of its group is clipped. A step that gave those has diverged, or fp16's
+    GradScaler skips it.
     """
     amax = logit_amax.double()
     gamma = torch.where(amax.isfinite(), (threshold / amax).clamp(max=1.0), 1.0)

@@ -5,6 +5,7 @@ and W_K's in proportion to ‖W_Q‖. QuacK gives each head's W_Q the learning r
 Frobenius norms, ₀ at the start. It bounds the change of the logits, not the logits.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .slices import HeadPart, LogitWeights
+from .slices import HeadPart, HeadSlices, LogitWeights
 
 INITIAL_REACH = "quack_initial_reach"
 """Key of the first parameter group under which the norms at the start are kept, a list of floats: every way to checkpoint an
@@ -25,6 +26,10 @@ class LogitChangeControl(Optimizer):
     factor = τ·reach₀/reach per slice (`LogitWeights.reach`); 1 for every other parameter. That equals a learning rate of factor·η
     in any optimizer whose update is proportional to it, decoupled weight decay included. A factor on the gradient would not do:
     Adam and Muon divide by the gradient's size. Memory: one copy of the scaled parameters during the step.
+
+    Weights must be float32 or wider: the inner step rounds to half precision before its update is scaled, so that small updates are
+    lost and others come out multiples of the weights' spacing. Such weights are warned of, once. Optimizers that keep the weights
+    elsewhere (master weights in float32, schedule-free averages) write over what is scaled here and are not supported.
 
     Groups, state, schedulers and gradient scaling are those of the inner optimizer. `reach₀` is taken at the first step, and kept
     in the state dict.
@@ -43,18 +48,37 @@ class LogitChangeControl(Optimizer):
             raise TypeError(f"expected a torch.optim.Optimizer to wrap, got {type(inner).__name__}")
         if not 0 < tau < float("inf"):
             raise ValueError(f"tau must be positive and finite, got {tau}")
-        held = {id(p) for group in inner.param_groups for p in group["params"]}
-        scaled = [p for p in weights.parameters if id(p.parameter) in held]
-        if not scaled:
-            raise ValueError(
-                f"the {type(inner).__name__} holds none of the {len(weights.parameters)} weights and biases that make queries and "
-                "keys, so there is nothing to control: they are frozen, as under LoRA, or belong to another model or optimizer"
-            )
-        self.inner, self.weights, self.scaled = inner, weights, scaled
-        self.tau, self.adaptive = tau, adaptive
+        self.inner, self.weights, self.tau, self.adaptive = inner, weights, tau, adaptive
+        self._scaled: list[HeadSlices] | None = None
+        self._warn_of_half_precision(self.scaled)
         self._initial: Tensor | None = None
         # The base's __init__ would make groups and state of its own; this sets up hooks alone, as after unpickling.
         super().__setstate__({})
+
+    @property
+    def scaled(self) -> list[HeadSlices]:
+        """The slices' parameters that the inner optimizer holds. Raises ValueError if there are none."""
+        if self._scaled is None:
+            held = {id(p) for group in self.inner.param_groups for p in group["params"]}
+            self._scaled = [p for p in self.weights.parameters if id(p.parameter) in held] or None
+        if self._scaled is None:
+            raise ValueError(
+                f"the {type(self.inner).__name__} holds none of the {len(self.weights.parameters)} weights and biases that make "
+                "queries and keys, so there is nothing to control: they are frozen, as under LoRA, or belong to another model or "
+                "optimizer"
+            )
+        return self._scaled
+
+    @staticmethod
+    def _warn_of_half_precision(scaled: list[HeadSlices]) -> None:
+        half = [p for p in scaled if p.parameter.dtype.itemsize < torch.float32.itemsize]
+        if half:
+            warnings.warn(
+                f"{len(half)} of the {len(scaled)} weights and biases to control are of half precision ({half[0].name}: "
+                f"{half[0].parameter.dtype}): the inner optimizer rounds its update before it is scaled, which is then no learning "
+                "rate per head. Keep the weights in float32 and use autocast (bf16=True in TrainingArguments)",
+                stacklevel=4,
+            )
 
     @torch.no_grad()
     def factors(self) -> Tensor:
@@ -119,6 +143,7 @@ class LogitChangeControl(Optimizer):
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.inner.param_groups = groups
+        self._scaled = None  # looked up at the next step: a framework may still be exchanging parameters
 
     @property
     def state(self) -> Any:
@@ -133,7 +158,10 @@ class LogitChangeControl(Optimizer):
         return self.inner.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Hand parameters over to the inner optimizer (gradual unfreezing); those of the slices are controlled from the next step
+        on, against the norms at the first step of all."""
         self.inner.add_param_group(param_group)
+        self._scaled = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none=set_to_none)

@@ -119,13 +119,17 @@ class LogitWeights:
         names: of the slices, for messages; a slice's number is its place here.
         products: (slice, others): a change of the slice by 1 changes a logit by at most the product of the norms of the others, up
             to what does not depend on the weights. A slice may occur several times; its largest product counts.
+        normalised: slices whose output a norm makes independent of their size, so that a change reaches the logits by 1/own norm.
     """
 
     weights: list[HeadSlices]
     biases: list[HeadSlices]
     names: list[str]
     products: list[tuple[int, tuple[int, ...]]]
-    _tables: dict = field(default_factory=dict, repr=False)  # device → owners (T,), others (T, width)
+    normalised: list[int] = field(default_factory=list)
+    _tables: dict = field(
+        default_factory=dict, repr=False
+    )  # device → owners (T,), others (T, width), normalised (slots,)
 
     @property
     def parameters(self) -> list[HeadSlices]:
@@ -149,17 +153,21 @@ class LogitWeights:
         self,
         norms: Tensor,  # (slots,)
     ) -> Tensor:
-        """How far a change of each slice by 1 reaches: the largest product of the others' norms, (slots,)."""
-        owners, others = self._table(norms.device)
+        """How far a change of each slice by 1 reaches: the largest product of the others' norms, over its own where a norm follows
+        it, (slots,)."""
+        owners, others, normalised = self._table(norms.device)
         products = torch.cat([norms, norms.new_ones(1)])[others].prod(dim=-1)
-        return torch.zeros_like(norms).scatter_reduce(0, owners, products, "amax")
+        reach = torch.zeros_like(norms).scatter_reduce(0, owners, products, "amax")
+        return torch.where(normalised, reach / norms, reach)
 
-    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _table(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if device not in self._tables:
             width, one = max(len(others) for _, others in self.products), len(self.names)
             rows = [[*others, *[one] * (width - len(others))] for _, others in self.products]
             owners = torch.tensor([owner for owner, _ in self.products], device=device)
-            self._tables[device] = owners, torch.tensor(rows, device=device)
+            normalised = torch.zeros(one, dtype=torch.bool)
+            normalised[self.normalised] = True
+            self._tables[device] = owners, torch.tensor(rows, device=device), normalised.to(device)
         return self._tables[device]
 
     @torch.no_grad()

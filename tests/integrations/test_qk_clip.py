@@ -142,6 +142,21 @@ class TestObserved:
             after, before[0].clamp(max=2.0), rtol=0.05, atol=0
         )  # q and k are rounded to E4M3 anew
 
+    def test_of_a_patched_model_evaluation_counts_for_nothing(self):
+        model = patch_model(tiny_model("llama", spread=0.3).train(), observe_logits=True)
+        clip, short = QKClip(model, threshold=1e3), tokens(2, 16)[:, :2]
+        model.eval()(input_ids=tokens(2, 16))
+        with pytest.raises(ValueError, match="saw no logits of some layer since the last step"):
+            clip.step()
+        model.train()(input_ids=short)
+        trained = [layer.statistics.logit_amax.clone() for layer in geoscale_layers(model)]
+        model.eval()(input_ids=tokens(2, 16))
+        assert all(torch.equal(a, b) for a, b in zip(trained, clip._observed(), strict=True))
+        clip.remove()
+        model(input_ids=tokens(2, 16))
+        seen = torch.stack([layer.statistics.logit_amax for layer in geoscale_layers(model)])
+        assert (seen > torch.stack(trained)).any()  # so the evaluation would have counted
+
     def test_clipped_weights_are_measured_again_whoever_accepted_their_drift(self):
         model = patch_model(tiny_model("llama", spread=0.3).train(), observe_logits=True, headroom=4.0)
         clip = QKClip(model, threshold=2.0)

@@ -1,5 +1,7 @@
 """QuacK on Hugging Face models: where the heads are, MLA's rules, the Trainer, refusals."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Trainer,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -153,7 +156,7 @@ def test_change_of_a_models_logits_as_its_weights_grow(controlled):
 class TestLatentAttention:
     def test_factors_are_the_papers(self, case):
         model = build(case)
-        control = QuacK(torch.optim.AdamW(model.parameters()), model, tau=0.5)
+        control = QuacK(torch.optim.AdamW(model.parameters()), model, tau=0.5, latent_rules="published")
         start = [self.inverse_factors(layer.self_attn) for layer in model.model.layers]
         torch.testing.assert_close(control.factors(), torch.full_like(control.factors(), 0.5))
         generator = torch.Generator().manual_seed(3)
@@ -222,6 +225,16 @@ class TestTraining:
         assert again.param_groups[0][INITIAL_REACH] == optimizer.param_groups[0][INITIAL_REACH]
         assert (optimizer.factors() - 1).abs().max() > 0.005
         assert callback.steps == 0  # no bound of QuacK's steps is known, so scales were refreshed after each
+
+    def test_where_the_trainer_makes_the_optimizer_as_the_docs_say(self, tmp_path):
+        page = (Path(__file__).parents[2] / "docs" / "logit_control.md").read_text()
+        code, scope = page[page.index("class QuacKTrainer") :].partition("```")[0], {"Trainer": Trainer, "QuacK": QuacK}
+        exec(code, scope)
+        plain = trainer(build("llama"), tmp_path)
+        loop = scope["QuacKTrainer"](model=plain.model, args=plain.args, train_dataset=plain.train_dataset)
+        loop.train()
+        assert isinstance(loop.optimizer.optimizer, QuacK)
+        assert (loop.optimizer.optimizer.factors() - 1).abs().max() > 1e-3
 
     def test_its_steps_are_not_taken_for_plain_adams(self):
         model = build("llama")

@@ -24,3 +24,8 @@ class TestClipFactors:
     def test_leave_heads_that_diverged(self):
         query, key = clip_factors(torch.tensor([math.nan, math.inf]), 100.0, 2)
         assert query.tolist() == key.tolist() == [1.0, 1.0]
+
+    def test_of_a_diverged_head_keep_its_logits_where_its_group_is_clipped(self):
+        query, key = clip_factors(torch.tensor([math.nan, 400.0]), 100.0, 1)
+        assert key.tolist() == [0.5]
+        assert query.tolist() == [2.0, 0.5]

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import math
 
 import pytest
 import torch
@@ -175,7 +174,8 @@ class TestUpdates:
 
     def test_half_precision_weights_move_by_the_factor_before_they_are_rounded(self):
         model = projections().bfloat16()
-        control = LogitChangeControl(torch.optim.SGD(model.parameters(), lr=0.125), slices_of(model), tau=0.3)
+        with pytest.warns(UserWarning, match=r"2 of the 2 weights.*half precision \(q: torch.bfloat16\).*in float32"):
+            control = LogitChangeControl(torch.optim.SGD(model.parameters(), lr=0.125), slices_of(model), tau=0.3)
         start = model.q.weight.detach().clone()
         model.q.weight.grad = torch.ones_like(start)
         control.step()
@@ -271,35 +271,3 @@ class TestState:
         assert control.inner.param_groups[0]["lr"] == pytest.approx(0.5e-3)
         control.zero_grad()
         assert model.q.weight.grad is None
-
-
-class TestRefusals:
-    def test_what_is_no_optimizer(self):
-        with pytest.raises(TypeError, match=r"expected a torch.optim.Optimizer to wrap, got Projections"):
-            LogitChangeControl(projections(), slices_of(projections()))
-
-    @pytest.mark.parametrize("tau", [0.0, -1.0, math.inf, math.nan])
-    def test_tau(self, tau):
-        model = projections()
-        with pytest.raises(ValueError, match=f"tau must be positive and finite, got {tau}"):
-            LogitChangeControl(adamw(model), slices_of(model), tau=tau)
-
-    def test_an_optimizer_of_other_weights(self):
-        with pytest.raises(ValueError, match="AdamW holds none of the 2 weights and biases that make queries and keys"):
-            LogitChangeControl(adamw(projections()), slices_of(projections()))
-
-    @pytest.mark.parametrize("value", [0.0, math.nan])
-    def test_weights_without_a_norm(self, value):
-        model = projections()
-        with torch.no_grad():
-            model.k.weight[:DIM] = value
-        gradients(model)
-        with pytest.raises(ValueError, match=f"W_Q 0 faces weights of norm {value} at the first step"):
-            LogitChangeControl(adamw(model), slices_of(model)).step()
-
-    def test_flattened_weights(self):
-        model = projections()
-        control = LogitChangeControl(adamw(model), slices_of(model))
-        model.k.weight = nn.Parameter(model.k.weight.detach().flatten())
-        with pytest.raises(ValueError, match=r"k must have 16 entries along dimension 0, its shape is now \(256,\)"):
-            control.step()
