@@ -113,3 +113,13 @@ def test_whole_steps_quoted_are_those_of_the_records():
     assert (
         f"{small[0]} at 2,048. Llama-3.2-1B layers: {small[2]} at 8,192 (wanted 1.10), {small[1]} at 2,048" in kernels
     )
+    ligers = [found["Liger + SDPA cuDNN"] for found in medians.values() if "Liger + SDPA cuDNN" in found]
+    plains = [found["SDPA cuDNN"] for found in medians.values() if "Liger + SDPA cuDNN" in found]
+    gains = [f"{plain / liger:.2f}" for plain, liger in zip(plains, ligers, strict=True)]
+    assert f"Liger-Kernel with SDPA is {min(gains)} to {max(gains)} times as fast" in kernels
+
+
+def test_the_adapters_quoted_are_those_of_their_page():
+    page, readme = (ROOT / "docs/adapters.md").read_text(), (ROOT / "README.md").read_text().replace("\n ", "")
+    gaps = [float(gap) for gap in re.findall(r"held-out gap FP8 − BF16 ([-+.\d]+) nats", page)]
+    assert "LoRA and QLoRA end {:.3f} and {:.3f} nats above BF16".format(*gaps) in readme
