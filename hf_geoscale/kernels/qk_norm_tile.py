@@ -128,7 +128,7 @@ def empty_norm_gradient(query: Tensor, key: Tensor) -> Tensor:
     """Empty (B, Hq + Hkv, chunks, D) float32: what the rows of each chunk add to the gradient of their norm's weight."""
     batch, heads, n_queries, dim = query.shape
     n_chunks = (max(n_queries, key.shape[2]) + CHUNK_ROWS - 1) // CHUNK_ROWS
-    return query.new_empty(batch, heads + key.shape[1], n_chunks, dim, dtype=torch.float32)
+    return torch.empty(batch, heads + key.shape[1], n_chunks, dim, device=query.device)
 
 
 def norm_gradient(
