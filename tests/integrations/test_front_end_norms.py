@@ -1,5 +1,6 @@
 """The norms that Qwen3 puts on queries and keys: the kernels take them over where nobody stands around them."""
 
+import functools
 import inspect
 import types
 
@@ -14,6 +15,7 @@ from ..conftest import tiny_model, tokens
 from ..kernels.fused_cases import DEVICE
 from ..tolerances import FLIPPED_ROUNDINGS, FUSED_ERROR
 from .compare import relative
+from .test_decoders import tiny
 from .test_front_end import attention_of, norms_of, step
 
 pytestmark = pytest.mark.feature("fused front end")
@@ -130,3 +132,21 @@ def test_classes_under_other_names_have_the_same_code(name):
         (modeling_qwen3.rotate_half, theirs.rotate_half),
     ):
         assert inspect.getsource(own).replace("Qwen3", name) == inspect.getsource(other)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "dots1", "mellum"])
+def test_they_give_what_their_own_forward_gives(given_norms, family):
+    model = patch_model(tiny(family).train(), backend="reference")
+    attention = attention_of(model)
+    hidden = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    layer_type = {"layer_type": attention.config.layer_types[0]} if family == "mellum" else {}
+    angles = model.model.rotary_emb(hidden, torch.arange(20)[None], **layer_type)
+    results = []
+    for forward in (attention, functools.partial(type(attention).forward, attention)):
+        out, _ = forward(hidden, position_embeddings=angles, attention_mask=None)
+        parameters = [hidden, *attention.parameters()]
+        grads = torch.autograd.grad(out.square().sum(), parameters)
+        results.append((out, torch.cat([grad.flatten() for grad in grads])))
+    assert given_norms == [True, False]
+    assert relative(results[0][0], results[1][0]) < FLIPPED_ROUNDINGS
+    assert relative(results[0][1], results[1][1]) < 4 * FLIPPED_ROUNDINGS
