@@ -1,4 +1,4 @@
-"""Forwards that hand the projections' raw output to FP8 attention, which applies RoPE as it quantises.
+"""Forwards that hand the projections' raw output to FP8 attention, which applies RoPE, and Qwen3's norms, as it quantises.
 
 Transformers' own forwards rotate q and k in about ten elementwise passes over memory, and autograd keeps what they return. These do
 what the originals do, without those passes. `patch_model` gives them to single attention modules; a call that they do not serve
