@@ -24,18 +24,16 @@ import json
 import math
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from host import environment
 from logit_change_report import CONTROLS, plot, to_markdown
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -210,21 +208,12 @@ def execute(run: Run) -> dict:
     return record | {"seconds": round(time.perf_counter() - started, 2)}
 
 
-def shell(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def host(arguments: argparse.Namespace) -> dict:
-    cuda = torch.cuda.is_available()
+    found = environment("transformers")
     return {
         "command": " ".join(["python benchmarks/logit_change.py", *(["--quick"] if arguments.quick else [])]),
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
-        "driver": shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else "–",
-        **{name: version(name) if find_spec(name) else "–" for name in ("torch", "triton", "transformers")},
-        "commit": shell("git", "rev-parse", "--short", "HEAD"),
+        "device": found["gpu"],
+        **{name: found[name] for name in ("driver", "torch", "triton", "transformers", "commit")},
         "byte_entropy": byte_entropy(),
         "threshold": THRESHOLD,
         "runs": len(all_runs(arguments.quick)),
