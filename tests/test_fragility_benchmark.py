@@ -2,7 +2,9 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,6 +169,7 @@ def test_the_published_page_is_rendered_from_its_records(benchmark):
     assert benchmark["fragility_tables"].to_markdown(host, found) == records.with_suffix(".md").read_text()
 
 
+@pytest.mark.cpu
 def test_a_run_becomes_a_page(benchmark, monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     main = benchmark["fragility"]
@@ -186,11 +189,23 @@ def test_a_run_becomes_a_page(benchmark, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(main, "read_text", lambda _: text)
     monkeypatch.setattr(main, "load", lambda _: (tiny_model("llama"), None))
     monkeypatch.setattr(main, "token_blocks", lambda tokenizer, text, length, count: tokens(count, length))
-    page = tmp_path / "fragility.md"
-    monkeypatch.setattr(
-        sys, "argv", ["fragility.py", "some/llama", "--quick", "--device", "cpu", "--output", str(page)]
-    )
+    page, started = tmp_path / "fragility.md", []
+
+    def run(command: list[str], check: bool) -> None:
+        """In this process, where the models above are."""
+        started.append(command[command.index("--parts") + 1])
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[1:])
+            main.main()
+
+    monkeypatch.setattr(main, "subprocess", SimpleNamespace(run=run))
+    in_turn = nullcontext(SimpleNamespace(map=map))
+    monkeypatch.setattr(main, "ThreadPoolExecutor", lambda workers: in_turn)
+    argv = ["fragility.py", "some/llama", "--quick", "--device", "cpu", "--output", str(page), "--workers", "2"]
+    monkeypatch.setattr(sys, "argv", argv)
     main.main()
+    assert len(started) == len(set(started)) > 5
+    assert not {"cost", "fine-tuning cost"} & set(started)  # these measure time, alone
     written = page.read_text()
     for heading in ("Which layers", "Lengths and precisions", "Over training steps", "Early warning", "Cost of"):
         assert f"## {heading}" in written
