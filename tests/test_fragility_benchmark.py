@@ -17,6 +17,7 @@ from .conftest import tiny_model, tokens
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 MODULES = (
     "fragility",
+    "fragility_layers",
     "fragility_measure",
     "fragility_nulls",
     "fragility_tables",
@@ -144,7 +145,13 @@ def test_parts_are_written_as_they_end_and_not_done_again(benchmark, tmp_path):
 
 def settings(ours: list[float], norms: list[float], entropy: list[float]) -> list[dict]:
     scores = {"risk": ours, "norms: certificate of the logits": norms, "entropy": entropy}
-    one = {"kind": "layers", "precision": "float8_e4m3", "scores": scores, "measured": [1.0, 2.0, 3.0, 4.0]}
+    one = {
+        "kind": "layers",
+        "model": "a",
+        "precision": "float8_e4m3",
+        "scores": scores,
+        "measured": [1.0, 2.0, 3.0, 4.0],
+    }
     return [one, one]
 
 
@@ -158,7 +165,14 @@ def settings(ours: list[float], norms: list[float], entropy: list[float]) -> lis
     ],
 )
 def test_the_verdict_follows_the_numbers(benchmark, ours, norms, entropy, said):
-    assert said in benchmark["fragility_tables"].verdict(settings(ours, norms, entropy))
+    assert said in benchmark["fragility_layers"].verdict(settings(ours, norms, entropy))
+
+
+def test_the_verdict_tells_models_apart(benchmark):
+    good, bad = settings([1, 2, 3, 4], [4, 3, 2, 1], [1, 3, 2, 4]), settings([4, 3, 2, 1], [1, 2, 3, 4], [1, 2, 3, 4])
+    said = benchmark["fragility_layers"].verdict([*good, *({**record, "model": "b"} for record in bad)])
+    assert "error, on a better than both the norm-only and the entropy baseline; on b no better than either" in said
+    assert "By model: a +1.00 against -1.00 (norms) and +0.80 (entropy); b -1.00 against +1.00 (norms)" in said
 
 
 def test_the_published_page_is_rendered_from_its_records(benchmark):

@@ -109,16 +109,12 @@ class TestLengths:
     @pytest.mark.gpu
     def test_gradients_through_the_fused_front_end(self):
         """A cache that training only fills changes nothing; the interface rounds q and k elsewhere."""
-        model, ids, grads = tiny_model("llama").train(), tokens(1, LENGTH), []
-        if reason := triton_missing(model.device):
+        ids, grads = tokens(1, LENGTH), []
+        if reason := triton_missing(ids.device):
             pytest.skip(reason)
-        for how, fused in (
-            ("lengths and positions", True),
-            ("positions, with a cache", True),
-            ("lengths and positions", False),
-        ):
-            patch_model(model, backend="triton", fused_front_end=fused)
-            model.zero_grad()
+        runs = (("lengths and positions", True), ("positions, with a cache", True), ("lengths and positions", False))
+        for how, fused in runs:
+            model = patch_model(tiny_model("llama"), backend="triton", fused_front_end=fused).train()
             model(ids, labels=ids, **packing(how)).loss.backward()
             grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
             assert [row["fused_calls"] for row in geometry_report(model).rows] == [int(fused)] * 2
