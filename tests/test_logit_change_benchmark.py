@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -99,3 +100,23 @@ def test_the_page_is_rendered_from_its_records(report):
         pytest.skip("docs/logit_change.jsonl is made on a GPU, and has not been")
     host, *records = (json.loads(line) for line in path.read_text().splitlines())
     assert report.to_markdown(host, records) == path.with_suffix(".md").read_text()
+
+
+def test_what_the_readme_says_of_the_sweep(report):
+    """Both methods end below plain training at every rate of Muon, bear four times its rate in FP8; the q/k norm ends lower."""
+    _, *records = (json.loads(line) for line in (ROOT / "docs" / "logit_change.jsonl").read_text().splitlines())
+    found = report.sweeps(records)
+    ours = ("QuacK, τ = 1", "QuacK, τ = 0.1", "QK-Clip, certificate")
+
+    def ends(attention: str, control: str) -> list[float]:
+        return [fmean(run["probes"][-1][1] for run in runs) for runs in found["Muon", attention, control].values()]
+
+    for attention in ("BF16", "FP8"):
+        for control in ours:
+            below = [a < b for a, b in zip(ends(attention, control), ends(attention, "plain"), strict=True)]
+            normed = [a < b for a, b in zip(ends(attention, "q/k norm"), ends(attention, control), strict=True)]
+            assert all(below)
+            assert all(normed[:-1])
+    plain = report.highest_stable_rate(found["Muon", "FP8", "plain"])
+    assert all(report.highest_stable_rate(found["Muon", "FP8", control]) == 4 * plain for control in ours)
+    assert sum(report.diverged(record) for record in records if record["optimizer"] == "AdamW") == 1
