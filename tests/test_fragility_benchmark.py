@@ -234,7 +234,7 @@ def test_a_run_becomes_a_page(benchmark, monkeypatch, tmp_path, capsys):
 
 
 def test_what_the_readme_says_of_it():
-    """SmolLM2's layers ranked better, the GPT-2's not; no warning of κ_softmax before an instability, one of the loss before each."""
+    """SmolLM2's layers ranked better, the GPT-2's not; κ_softmax warned before no instability, the loss before each."""
     page = " ".join((BENCHMARKS.parent / "docs" / "fragility.md").read_text().split())
     assert "on GPT-2 trained here no better than either the norm-only or the entropy baseline; on SmolLM2" in page
     assert "SmolLM2-135M-Instruct better than both the norm-only and the entropy baseline;" in page
