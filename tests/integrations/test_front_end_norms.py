@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm
 
@@ -52,7 +53,7 @@ def test_a_hook_keeps_them_outside_and_runs(given_norms, name, kind):
     assert given_norms[2:] == [True, True]
 
 
-@pytest.mark.parametrize("change", ["instance", "class", "subclass", "another epsilon", "no epsilon"])
+@pytest.mark.parametrize("change", ["instance", "class", "subclass", "gemma", "shard", "another epsilon", "no epsilon"])
 def test_other_norms_stay_outside(monkeypatch, given_norms, change):
     """Their own forward decides, whatever it does."""
     model, ids = tiny_model("qwen3"), tokens(1, 20)
@@ -68,6 +69,10 @@ def test_other_norms_stay_outside(monkeypatch, given_norms, change):
             norm.forward = types.MethodType(doubled, norm)
         elif change == "subclass":
             norm.__class__ = type("DoubledRMSNorm", (Qwen3RMSNorm,), {"forward": doubled})
+        elif change == "gemma":  # multiplies by 1 + weight
+            norm.__class__, norm.eps = Gemma2RMSNorm, norm.variance_epsilon
+        elif change == "shard":
+            norm.weight = type("Shard", (torch.nn.Parameter,), {})(norm.weight.detach())
     if change == "another epsilon":
         norms[0].variance_epsilon = norms[2].variance_epsilon = 0.3
     elif change == "no epsilon":
@@ -138,6 +143,7 @@ def test_classes_under_other_names_have_the_same_code(name):
 def test_they_give_what_their_own_forward_gives(given_norms, family):
     model = patch_model(tiny(family).train(), backend="reference")
     attention = attention_of(model)
+    attention.sliding_window = 9
     hidden = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     layer_type = {"layer_type": attention.config.layer_types[0]} if family == "mellum" else {}
     angles = model.model.rotary_emb(hidden, torch.arange(20)[None], **layer_type)
