@@ -26,8 +26,8 @@ def _remember(ctx, output: tuple[Tensor, ...], inputs: tuple) -> None:
     *operands, interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent, _, _, _ = inputs
     query, key, value, *constants = operands
     q_norm, k_norm, ctx.norm_eps = norm + NO_NORM[len(norm) :]
-    normalised = (None, None) if q_norm is None else (query, key)
-    ctx.save_for_backward(*output[:8], *constants, *normalised, q_norm, k_norm)
+    raw = (None, None) if q_norm is None else (query, key)
+    ctx.save_for_backward(*output[:8], *constants, *raw, q_norm, k_norm)
     ctx.options = interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent
     ctx.dtypes = [query.dtype, key.dtype, value.dtype]
     ctx.mark_non_differentiable(*output[1:])
