@@ -26,30 +26,29 @@ def _observed() -> bool:
     runtime = knobs.runtime
     if getattr(runtime, "add_stages_inspection_hook", None) is not None:
         return True
-    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
-    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True))
+    )
+
+
+def _kind(x: Any) -> Any:
+    """What decides which code Triton compiles for an argument that is no integer, or more."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    kind = type(x)
+    if x is None or kind is float:  # no value of it is compiled in
+        return kind
+    return getattr(x, "tile", None) or (kind, x)  # a descriptor, or what is no number
 
 
 def specialisation(arguments: tuple) -> list:
-    """What decides which code Triton compiles for these arguments, or more: an integer itself instead of its divisibility by 16.
+    """A key that two lists of arguments share only if Triton compiles the same code for both.
 
-    Of a tensor its dtype and whether its address is a multiple of 16, of a descriptor what it was made with.
+    Integers stand for themselves, which is more than their divisibility by 16 and their equality to 1; of a tensor its dtype and
+    whether its address is a multiple of 16, of a descriptor what it was made with.
     """
-    found: list = []
-    for x in arguments:
-        kind = type(x)
-        if kind is int or x is None:
-            found.append(x)
-        elif kind is float:  # no value of it is compiled in
-            found.append(float)
-        elif isinstance(x, Tensor):
-            found.append(x.dtype)
-            found.append(x.data_ptr() % 16 == 0)
-        elif (tile := getattr(x, "tile", None)) is not None:
-            found.append(tile)
-        else:
-            found.append((kind, x))
-    return found
+    return [x if type(x) is int else _kind(x) for x in arguments]
 
 
 class _Compiled(NamedTuple):

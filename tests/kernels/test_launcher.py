@@ -82,6 +82,8 @@ for call, options in [*((call, {}) for call in calls), (calls[0], {"num_warps": 
     assert ordinary == first == direct, (call, ordinary, direct)
     functions.add(direct[4][1])
 assert functions == set(range(1, 11)), functions  # neither another factor nor another length compiles anything
+half = launcher.descriptor(x.half().view(-1, 16), (16, 16), TensorDescriptor.from_tensor)
+assert half.tile[1] == torch.float16, "descriptors of two dtypes pass for one"
 try:  # as Triton's own constructor
     launched(True, odd, None, 3, 0.5, 16)
 except AssertionError as error:
