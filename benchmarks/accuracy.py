@@ -16,7 +16,6 @@ import argparse
 import copy
 import hashlib
 import json
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from accuracy_modes import FP8, REFERENCE, UNPATCHED
 from accuracy_report import merge, to_markdown
 from accuracy_scoring import score, summarise
 from accuracy_tasks import SUITES, LocalData, Questions, check_tasks
+from host import commit
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -126,11 +126,6 @@ def evaluate(
 
 
 def environment(arguments: argparse.Namespace) -> dict:
-    try:
-        command = ("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     gpu = arguments.device.startswith("cuda")
     return {
         "model": Path(arguments.model).name,
@@ -146,7 +141,7 @@ def environment(arguments: argparse.Namespace) -> dict:
             "text": Path(arguments.text).name if arguments.text else "Python's manual",
         },
         "versions": {name: version(name) for name in ("torch", "transformers", "lm_eval", *["triton"] * gpu)},
-        "commit": commit,
+        "commit": commit(),
     }
 
 

@@ -4,16 +4,18 @@
     python benchmarks/fragility.py --render docs/fragility.jsonl --output docs/fragility.md
 
 Writes the page, its records (.jsonl) and figure (.png). The records of each part are written as it ends; a second call with the
-same --output does the parts that are missing. For one H100 80 GB; on a CPU only `--quick` is of use, a smoke
-test of a minute without the model, whose numbers mean nothing.
+same --output does the parts that are missing. `--workers` runs that many parts side by side, except those that time the callback.
+For one H100 80 GB; on a CPU only `--quick` is of use, a smoke test of a minute without the model, whose numbers mean nothing.
 """
 
 import argparse
 import json
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from fragility_training import callback_cost, planted, series, small_gpt2, train
 from fragility_warnings import TUNING_SEEDS
 from host import environment
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_geoscale.cli.loading import load, read_text, token_blocks
 from hf_geoscale.integrations.fragility_callback import EVERY_N_STEPS
@@ -82,6 +85,9 @@ TUNING_RATE = 2e-5
 NAME = "GPT-2 trained here"
 Parts = dict[str, Callable[[], list[dict]]]
 """What measures each part of the records; none depends on another."""
+
+TIMED = ("cost", "fine-tuning cost")
+"""Parts that run alone, because they measure time."""
 
 
 def byte_blocks(length: int) -> Tensor:
@@ -149,14 +155,18 @@ def gpt2_parts(plan: dict, device: str) -> Parts:
     return parts | {"cost": cost}
 
 
-def smollm2_records(folder: str, plan: dict, device: str) -> list[dict]:
-    """Checkpoints and series of a fine-tuning, and the callback's cost."""
+def smollm2_blocks(folder: str, plan: dict, device: str) -> tuple[PreTrainedModel, Tensor, Tensor]:
+    """The model, sequences to train on (N, L/2), and one held out (1, L)."""
     model, tokenizer = load(folder)
-    model.eval().to(device)
-    name, length = Path(folder).name, max(plan["lengths"])
+    length = max(plan["lengths"])
     blocks = token_blocks(tokenizer, read_text(None), length, 90)
-    held_out = blocks[-1:].to(device)
-    half = blocks[:-2].view(-1, length // 2)
+    return model.eval().to(device), blocks[:-2].view(-1, length // 2), blocks[-1:].to(device)
+
+
+def smollm2_records(folder: str, plan: dict, device: str) -> list[dict]:
+    """Checkpoints and series of a fine-tuning."""
+    model, half, held_out = smollm2_blocks(folder, plan, device)
+    name, length = Path(folder).name, held_out.shape[1]
     records: list[dict] = []
     run = {"batch": 4, "rate": lambda step: TUNING_RATE}
     for step in plan["tuning_checkpoints"]:
@@ -166,9 +176,21 @@ def smollm2_records(folder: str, plan: dict, device: str) -> list[dict]:
             records += series(model, half, held_out[:, : length // 2], every, setting, steps=step, seed=0, **run)
         setting = {"model": name, "step": step, "seed": 0}
         records += settings_of(model, lambda n: held_out[:, :n], plan["lengths"], setting)
-    if plan["tuning_cost_steps"]:
-        records.append(callback_cost(model, half, plan["tuning_cost_steps"], 4, name, EVERY_N_STEPS))
     return records
+
+
+def smollm2_cost(folder: str, plan: dict, device: str) -> list[dict]:
+    """The callback's cost in a fine-tuning."""
+    model, half, _ = smollm2_blocks(folder, plan, device)
+    return [callback_cost(model, half, plan["tuning_cost_steps"], 4, Path(folder).name, EVERY_N_STEPS)]
+
+
+def all_parts(folder: str | None, plan: dict, device: str) -> Parts:
+    parts: Parts = {} if folder is None else {"fine-tuning": partial(smollm2_records, folder, plan, device)}
+    parts |= gpt2_parts(plan, device)
+    if folder is not None and plan["tuning_cost_steps"]:
+        parts["fine-tuning cost"] = partial(smollm2_cost, folder, plan, device)
+    return parts
 
 
 def describe(arguments: argparse.Namespace) -> dict:
@@ -178,6 +200,25 @@ def describe(arguments: argparse.Namespace) -> dict:
     said = f"python benchmarks/fragility.py{model}{' --quick' if arguments.quick else ' --small' if arguments.small else ''}"
     device = found["gpu"] if arguments.device == "cuda" else "CPU"
     return {"command": said, "device": device} | {k: found[k] for k in ("driver", "torch", "transformers", "triton")}
+
+
+def missing(parts: Parts, records: list[dict]) -> list[str]:
+    done = {record["part"] for record in records if record["kind"] == "part"}
+    return [name for name in parts if name not in done]
+
+
+def side_by_side(workers: int, names: list[str], seconds: float) -> None:
+    """Measure these parts in processes of their own, `workers` at a time, each of which adds to the records."""
+    started = time.perf_counter()
+
+    def one(name: str) -> None:
+        left = seconds - (time.perf_counter() - started)
+        subprocess.run(
+            [sys.executable, *sys.argv, "--workers", "1", "--parts", name, "--seconds", str(left)], check=True
+        )
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(one, names))
 
 
 def measure(parts: Parts, host: dict, path: Path, seconds: float) -> bool:
@@ -193,10 +234,8 @@ def measure(parts: Parts, host: dict, path: Path, seconds: float) -> bool:
     first, *records = map(json.loads, path.read_text().splitlines())
     if first != host:
         raise ValueError(f"{path} holds records of {first}, not of {host}; give another --output, or remove it")
-    done = {record["part"] for record in records if record["kind"] == "part"}
-    for name, part in parts.items():
-        if name in done:
-            continue
+    for name in missing(parts, records):
+        part = parts[name]
         if time.perf_counter() - started > seconds:
             return False
         begun = time.perf_counter()
@@ -222,16 +261,24 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="start no part after this; call again for the rest"
     )
+    parser.add_argument("--workers", type=int, default=1, help="parts measured side by side")
+    parser.add_argument("--parts", nargs="+", help="measure these alone, and make no page")
     parser.add_argument("--render", type=Path, help="make the page from these records instead of measuring")
-    arguments = parser.parse_args()
+    arguments, started = parser.parse_args(), time.perf_counter()
     if (path := arguments.render) is None:
         plan = QUICK if arguments.quick else SMALL if arguments.small else FULL
-        parts: Parts = {}
-        if arguments.model:
-            parts["fine-tuning"] = partial(smollm2_records, arguments.model, plan, arguments.device)
-        parts |= gpt2_parts(plan, arguments.device)
-        path = arguments.output.with_suffix(".jsonl")
-        if not measure(parts, describe(arguments), path, arguments.seconds):
+        parts = all_parts(arguments.model, plan, arguments.device)
+        host, path = describe(arguments), arguments.output.with_suffix(".jsonl")
+        if arguments.parts:
+            measure({name: parts[name] for name in arguments.parts}, host, path, arguments.seconds)
+            return
+        if arguments.workers > 1:
+            measure({}, host, path, 0.0)  # makes the file, or finds that it is of another command
+            _, *records = map(json.loads, path.read_text().splitlines())
+            untimed = [name for name in missing(parts, records) if name not in TIMED]
+            side_by_side(arguments.workers, untimed, arguments.seconds - (time.perf_counter() - started))
+        left = arguments.seconds - (time.perf_counter() - started)
+        if not measure(parts, host, path, left):
             print(f"time is up; call again for the rest of {path}", file=sys.stderr)
             return
     host, *records = map(json.loads, path.read_text().splitlines())

@@ -4,13 +4,11 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from textwrap import fill
 
-from fragility_nulls import circular_shift_p, differences, partial_spearman, spearman
+from fragility_layers import OURS, verdict
+from fragility_nulls import circular_shift_p, differences, spearman
 from fragility_training import BLOW_UP, RAMP_FACTOR, SPIKE
 from fragility_warnings import RULE, TUNING_SEEDS, with_warnings
 
-OURS = "risk"
-NORM_ONLY = "norms: certificate of the logits"
-ENTROPY = "entropy"
 DIGITS = {"bfloat16": "BF16", "float16": "FP16", "float8_e4m3": "FP8 attention"}
 
 METHOD_OF_LAYERS = (
@@ -34,47 +32,6 @@ def _paragraph(text: str) -> list[str]:
 
 def _spread(values: list[float]) -> str:
     return f"{fmean(values):+.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:+.2f}"
-
-
-def layer_correlations(records: list[dict], precision: str, fixed: str | None = None) -> dict[str, list[float]]:
-    """score → rank correlation with the measured mismatch in every setting, that of a `fixed` score taken out."""
-    mine = [r for r in records if r["kind"] == "layers" and r["precision"] == precision]
-    names = mine[0]["scores"] if mine else {}
-    if fixed is None:
-        return {name: [spearman(r["scores"][name], r["measured"]) for r in mine] for name in names}
-    return {
-        name: [partial_spearman(r["scores"][name], r["measured"], r["scores"][fixed]) for r in mine] for name in names
-    }
-
-
-def verdict(records: list[dict]) -> str:
-    """Whether the predictor ranks layers by FP8 error better than the norm-only and entropy baselines, from the numbers."""
-    found = layer_correlations(records, "float8_e4m3")
-    n = len(found[OURS])
-    parts, better = [], []
-    for baseline in (NORM_ONLY, ENTROPY):
-        wins = sum(a > b for a, b in zip(found[OURS], found[baseline], strict=True))
-        better.append(fmean(found[OURS]) > fmean(found[baseline]) and wins > n / 2)
-        parts.append(f"{baseline}: {fmean(found[baseline]):+.2f}, the predictor higher in {wins} of {n} settings")
-    names = {
-        (True, True): "better than both the norm-only and the entropy baseline",
-        (True, False): "better than the norm-only baseline, but not than entropy",
-        (False, True): "better than entropy, but not than the norm-only baseline",
-        (False, False): "no better than either the norm-only or the entropy baseline",
-    }
-    if "depth" in found:
-        fixed = layer_correlations(records, "float8_e4m3", fixed="depth")[OURS]
-        wins = sum(a > b for a, b in zip(found[OURS], found["depth"], strict=True))
-        parts.append(
-            f"depth alone, earlier layers first: {fmean(found['depth']):+.2f}, the predictor higher in {wins} of {n}; "
-            f"with depth held fixed the predictor's correlation is {fmean(fixed):+.2f}"
-        )
-    best = max(found, key=lambda name: fmean(found[name]))
-    tail = "" if best == OURS else f" The best score of all here is “{best}” ({fmean(found[best]):+.2f})."
-    return (
-        f"**The predictor ranks layers by measured FP8 error {names[better[0], better[1]]}** (mean rank correlation "
-        f"{fmean(found[OURS]):+.2f} over {n} settings; {'; '.join(parts)}).{tail}"
-    )
 
 
 def _layers(records: list[dict]) -> list[str]:

@@ -1,10 +1,16 @@
 """What a benchmark ran on."""
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
+
+COMMIT = "GEOSCALE_COMMIT"
+"""Environment variable that names the commit, for a copy of the tree without its history."""
+ROOT = Path(__file__).parent.parent
 
 
 def _shell(*command: str) -> str:
@@ -21,8 +27,20 @@ def _version(package: str) -> str:
         return "none"
 
 
+def commit() -> str:
+    """$GEOSCALE_COMMIT as it stands, if set; else the checkout's commit, with "+changes" where tracked files differ from it.
+
+    Files in docs/ do not count: they are what benchmarks write. "unknown" without git or outside a checkout.
+    """
+    if named := os.environ.get(COMMIT):
+        return named
+    head = _shell("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    changes = _shell("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
+    return f"{head}+changes" if changes and head != "unknown" else head
+
+
 def environment(*packages: str) -> dict[str, str]:
-    """GPU, driver, versions and commit; also of further packages."""
+    """GPU, driver, versions and `commit`; also of further packages."""
     cuda = torch.cuda.is_available()
     return {
         "gpu": torch.cuda.get_device_name() if cuda else "CPU",
@@ -32,5 +50,5 @@ def environment(*packages: str) -> dict[str, str]:
         "triton": _version("triton"),
         "python": platform.python_version(),
         **{package: _version(package) for package in packages},
-        "commit": _shell("git", "rev-parse", "--short", "HEAD"),
+        "commit": commit(),
     }

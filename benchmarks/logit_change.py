@@ -8,15 +8,15 @@ writes logit_change.md, .png and .jsonl, a line a run as it ends; a second call 
 may cut it off. About six minutes on one H100 80 GB with 16 CPU cores. `--quick`: seconds on a CPU, another and smaller experiment.
 
 Each run trains a 4-layer Llama (width 256, 4 heads of 64; "q/k norm": a Qwen3 of the same size) from scratch on the bytes of the
-English manual that ships with Python, BF16 autocast over float32 weights, 80 steps of 16 × 256 bytes; warm-up over a tenth, then
-linearly to a tenth of the rate. AdamW: the rate is of all parameters. Muon (torch.optim, adjusted to match AdamW's RMS): the rate
-is of the layers' matrices, the rest has AdamW at 3e-3. Weight decay 0.1, no gradient clipping. A probe, a copy under BF16 SDPA,
-looks at held-out text before the first step and every 10 steps.
+English manual that ships with Python, BF16 autocast over float32 weights, 100 steps of 16 × 256 bytes; the rate warms up over a
+tenth of the steps and stays, since one that falls lets a run recover. AdamW: the rate is of all parameters. Muon (torch.optim,
+adjusted to match AdamW's RMS): the rate is of the layers' matrices, the rest has AdamW at 3e-3. Weight decay 0.1, no gradient
+clipping. A probe, a copy under BF16 SDPA, looks at held-out text before the first step and every 10 steps.
 
 Diverged: a loss that is not finite, or a last held-out loss more than RISE above the run's lowest. The highest stable rate of a
-method is the largest of the sweep at which, and below which, no seed diverged. A run that did not diverge but ends less than LEARNT
-below the entropy of the byte frequencies learnt too little: marked, and no part of stability. The runs of commit 61fce98, with
-rates up to 0.032 (AdamW) and 1 (Muon), had been looked at when this rule was written.
+method is the largest of the sweep at which, and below which, no seed diverged. Learnt too little: did not diverge, but ends less
+than LEARNT below the entropy of the byte frequencies. The highest rate that trains is the largest of the sweep at which no seed
+diverged or learnt too little. What had been looked at before these rules and rates were chosen is on the page (HISTORY).
 """
 
 import argparse
@@ -24,18 +24,16 @@ import json
 import math
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from host import environment
 from logit_change_report import CONTROLS, plot, to_markdown
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -46,10 +44,10 @@ from hf_geoscale.integrations import geoscale_layers
 from hf_geoscale.integrations.families import attention_sites
 from hf_geoscale.integrations.logit_observer import LogitObserver
 
-STEPS, PROBE_EVERY = 80, 10
+STEPS, PROBE_EVERY = 100, 10
 BATCH, LENGTH, HELD_OUT = 16, 256, 16
 SEEDS = (0, 1, 2)
-RATES = {"AdamW": (4e-3, 3.2e-2, 0.125, 0.5), "Muon": (0.1, 1.0, 10.0)}
+RATES = {"AdamW": (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2), "Muon": (0.1, 0.4, 1.6, 6.4)}
 REST_RATE, WEIGHT_DECAY, BETAS = 3e-3, 0.1, (0.9, 0.95)
 THRESHOLD = 100.0
 ATTENTIONS = ("BF16", "FP8")
@@ -145,9 +143,8 @@ def optimizers(run: Run, model: PreTrainedModel) -> list[torch.optim.Optimizer]:
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: warm-up over a tenth, then linearly down to a tenth."""
-    warm = max(1, steps // 10)
-    return (step + 1) / warm if step < warm else 1 - 0.9 * (step - warm) / (steps - warm)
+    """Share of the learning rate: warm-up over a tenth, then all of it."""
+    return min(1.0, (step + 1) / max(1, steps // 10))
 
 
 class Probe:
@@ -210,21 +207,12 @@ def execute(run: Run) -> dict:
     return record | {"seconds": round(time.perf_counter() - started, 2)}
 
 
-def shell(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def host(arguments: argparse.Namespace) -> dict:
-    cuda = torch.cuda.is_available()
+    found = environment("transformers")
     return {
         "command": " ".join(["python benchmarks/logit_change.py", *(["--quick"] if arguments.quick else [])]),
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
-        "driver": shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else "–",
-        **{name: version(name) if find_spec(name) else "–" for name in ("torch", "triton", "transformers")},
-        "commit": shell("git", "rev-parse", "--short", "HEAD"),
+        "device": found["gpu"],
+        **{name: found[name] for name in ("driver", "torch", "triton", "transformers", "commit")},
         "byte_entropy": byte_entropy(),
         "threshold": THRESHOLD,
         "runs": len(all_runs(arguments.quick)),

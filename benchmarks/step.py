@@ -20,7 +20,16 @@ from typing import Any
 
 import torch
 from host import environment
-from step_gate import GATE_LENGTH, FirstStep, Tolerance, first_step, tolerance, wrong_in_detail, wrong_in_full
+from step_gate import (
+    GATE_LENGTH,
+    FirstStep,
+    Tolerance,
+    first_step,
+    loss_difference,
+    tolerance,
+    wrong_in_detail,
+    wrong_in_full,
+)
 from step_models import CONTENDERS, SHAPES, Contender, build, compile_layers, contend, vocabulary
 from step_report import plot, to_markdown
 from step_timing import (
@@ -165,9 +174,12 @@ class Comparison:
         rival = next((name for name in steps if name.startswith("SDPA")), None)
         for name, step in steps.items():
             self.first[name] = {"loss": step.loss, "norm": step.norm}
+            if rival:
+                self.first[name]["token_losses"] = loss_difference(step, steps[rival])
             if rival and (reason := wrong_in_full(step, steps[rival], allowed)):
                 self.drop(name, f"wrong: {reason}")
-        self.first["allowed"] = {"loss": allowed.loss, "norm": allowed.norm}
+        most = allowed.mean_loss(self.ids.shape[1] - 1)
+        self.first["allowed"] = {"loss": most, "token_losses": allowed.loss, "norm": allowed.norm}
         return allowed
 
     def measure(self) -> None:

@@ -26,8 +26,14 @@ from transformers import (
 )
 
 from hf_geoscale.kernels import attention
+from hf_geoscale.kernels.backend import INTERPRETED
 
 from .feature_matrix import Recorder
+
+if INTERPRETED:
+    from .interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
 
 VOCABULARY = 96
 SHAPE = {

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from .conftest import tiny_model, tokens
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 MODULES = (
     "fragility",
+    "fragility_layers",
     "fragility_measure",
     "fragility_nulls",
     "fragility_tables",
@@ -142,7 +145,13 @@ def test_parts_are_written_as_they_end_and_not_done_again(benchmark, tmp_path):
 
 def settings(ours: list[float], norms: list[float], entropy: list[float]) -> list[dict]:
     scores = {"risk": ours, "norms: certificate of the logits": norms, "entropy": entropy}
-    one = {"kind": "layers", "precision": "float8_e4m3", "scores": scores, "measured": [1.0, 2.0, 3.0, 4.0]}
+    one = {
+        "kind": "layers",
+        "model": "a",
+        "precision": "float8_e4m3",
+        "scores": scores,
+        "measured": [1.0, 2.0, 3.0, 4.0],
+    }
     return [one, one]
 
 
@@ -156,7 +165,14 @@ def settings(ours: list[float], norms: list[float], entropy: list[float]) -> lis
     ],
 )
 def test_the_verdict_follows_the_numbers(benchmark, ours, norms, entropy, said):
-    assert said in benchmark["fragility_tables"].verdict(settings(ours, norms, entropy))
+    assert said in benchmark["fragility_layers"].verdict(settings(ours, norms, entropy))
+
+
+def test_the_verdict_tells_models_apart(benchmark):
+    good, bad = settings([1, 2, 3, 4], [4, 3, 2, 1], [1, 3, 2, 4]), settings([4, 3, 2, 1], [1, 2, 3, 4], [1, 2, 3, 4])
+    said = benchmark["fragility_layers"].verdict([*good, *({**record, "model": "b"} for record in bad)])
+    assert "error, on a better than both the norm-only and the entropy baseline; on b no better than either" in said
+    assert "By model: a +1.00 against -1.00 (norms) and +0.80 (entropy); b -1.00 against +1.00 (norms)" in said
 
 
 def test_the_published_page_is_rendered_from_its_records(benchmark):
@@ -167,6 +183,7 @@ def test_the_published_page_is_rendered_from_its_records(benchmark):
     assert benchmark["fragility_tables"].to_markdown(host, found) == records.with_suffix(".md").read_text()
 
 
+@pytest.mark.cpu
 def test_a_run_becomes_a_page(benchmark, monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     main = benchmark["fragility"]
@@ -186,11 +203,23 @@ def test_a_run_becomes_a_page(benchmark, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(main, "read_text", lambda _: text)
     monkeypatch.setattr(main, "load", lambda _: (tiny_model("llama"), None))
     monkeypatch.setattr(main, "token_blocks", lambda tokenizer, text, length, count: tokens(count, length))
-    page = tmp_path / "fragility.md"
-    monkeypatch.setattr(
-        sys, "argv", ["fragility.py", "some/llama", "--quick", "--device", "cpu", "--output", str(page)]
-    )
+    page, started = tmp_path / "fragility.md", []
+
+    def run(command: list[str], check: bool) -> None:
+        """In this process, where the models above are."""
+        started.append(command[command.index("--parts") + 1])
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[1:])
+            main.main()
+
+    monkeypatch.setattr(main, "subprocess", SimpleNamespace(run=run))
+    in_turn = nullcontext(SimpleNamespace(map=map))
+    monkeypatch.setattr(main, "ThreadPoolExecutor", lambda workers: in_turn)
+    argv = ["fragility.py", "some/llama", "--quick", "--device", "cpu", "--output", str(page), "--workers", "2"]
+    monkeypatch.setattr(sys, "argv", argv)
     main.main()
+    assert len(started) == len(set(started)) > 5
+    assert not {"cost", "fine-tuning cost"} & set(started)  # these measure time, alone
     written = page.read_text()
     for heading in ("Which layers", "Lengths and precisions", "Over training steps", "Early warning", "Cost of"):
         assert f"## {heading}" in written
@@ -202,3 +231,12 @@ def test_a_run_becomes_a_page(benchmark, monkeypatch, tmp_path, capsys):
     main.main()
     assert (tmp_path / "again.md").read_text() == written
     assert page.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_the_readme_says_of_it():
+    """SmolLM2's layers ranked better, the GPT-2's not; κ_softmax warned before no instability, the loss before each."""
+    page = " ".join((BENCHMARKS.parent / "docs" / "fragility.md").read_text().split())
+    assert "on GPT-2 trained here no better than either the norm-only or the entropy baseline; on SmolLM2" in page
+    assert "SmolLM2-135M-Instruct better than both the norm-only and the entropy baseline;" in page
+    assert "κ_softmax warned before 0 of 3 instabilities of the loss" in page
+    assert "the same rule on loss warned before 3 of 3 instabilities of the loss" in page

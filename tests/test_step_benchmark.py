@@ -92,13 +92,67 @@ def test_wrong_attention_is_not_timed(step):
 
 def test_the_gate_at_full_length(step):
     gate = sys.modules["step_gate"]
-    allowed = gate.Tolerance(0.01, {"first q": 0.1, "last v": 0.2})
-    right = gate.FirstStep(2.0, 10.0)
-    assert gate.wrong_in_full(gate.FirstStep(2.009, 11.9), right, allowed) is None
-    assert "loss 2.01100, SDPA's 2.00000" in gate.wrong_in_full(gate.FirstStep(2.011, 10.0), right, allowed)
-    assert "gradient norm 12.1, SDPA's 10" in gate.wrong_in_full(gate.FirstStep(2.0, 12.1), right, allowed)
-    assert gate.wrong_in_full(gate.FirstStep(float("nan"), 10.0), right, allowed)
-    assert gate.wrong_in_full(gate.FirstStep(2.0, float("nan")), right, allowed)
+    allowed = gate.Tolerance(0.1, 0.001, {"first q": 0.1, "last v": 0.2})
+    assert allowed.mean_loss(400) == pytest.approx(0.001 + 4 * 0.05 / 20)
+    losses = torch.full((400,), 2.0)
+    right = gate.FirstStep(2.0, 10.0, losses)
+
+    def found(loss: float = 2.0, norm: float = 10.0, tokens: torch.Tensor = losses) -> str | None:
+        return gate.wrong_in_full(gate.FirstStep(loss, norm, tokens), right, allowed)
+
+    assert found(2.0109, 11.9, losses + 0.0109) is None
+    assert "loss 2.01200, SDPA's 2.00000, allowed difference 1.10e-02" in found(2.012, tokens=losses + 0.012)
+    apart = 0.11 * torch.ones(400).index_fill(0, torch.arange(200), -1.0)
+    assert found(tokens=losses + apart) == "losses of tokens differ by 1.10e-01, allowed 1.00e-01"
+    assert "gradient norm 12.1, SDPA's 10" in found(norm=12.1)
+    assert all(map(found, (float("nan"), 2.0, 2.0), (10.0, float("nan"), 10.0), (losses, losses, losses * torch.nan)))
+
+
+def test_losses_of_tokens(step, monkeypatch):
+    gate = sys.modules["step_gate"]
+    monkeypatch.setattr(gate, "CHUNK", 5)
+    logits, ids = torch.randn(2, 9, 7), torch.randint(7, (2, 9))
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    torch.testing.assert_close(gate.losses_of_tokens(logits, ids), expected.flatten())
+
+
+def _sdpa_off_by_one(module, query, key, value, mask, **options):
+    """Every token but the last sees its successor."""
+    visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(1)
+    return sdpa_attention_forward(module, query, key, value, visible[None, None], **options | {"is_causal": False})
+
+
+FAULTS = {
+    "a mask off by one": _sdpa_off_by_one,
+    "twice the logits": lambda m, q, k, v, mask, **o: sdpa_attention_forward(m, 2 * q, k, v, mask, **o),
+    "twice the values": lambda m, q, k, v, mask, **o: sdpa_attention_forward(m, q, k, 2 * v, mask, **o),
+}
+
+
+def test_faults_beyond_the_gates_length_are_found_at_full_length(step, monkeypatch):
+    """Queries and keys as far from zero as those of Llama-3-8B's shape: logits of standard deviation 1.6."""
+    monkeypatch.setattr(step, "GATE_LENGTH", 64)
+    comparison = step.Comparison(step.Configuration("smoke", 256, "plain", None, 2), BOTH, "cpu")
+    with torch.no_grad():
+        for layer in comparison.base.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                projection.weight *= (4096 / 128) ** 0.5
+    comparison.contenders["hf_geoscale"] = comparison.contend("hf_geoscale")  # scales of the new weights
+    for name, wrong in FAULTS.items():
+
+        def attend(module, query, *rest, wrong=wrong, **options):
+            right = query.shape[2] <= 64
+            return (sdpa_attention_forward if right else wrong)(module, query, *rest, **options)
+
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, lambda *a, **k: None)
+        comparison.contenders[name] = comparison.contend("SDPA flash")
+        comparison.contenders[name].model.set_attn_implementation(name)
+    allowed = comparison.gate()
+    assert list(comparison.contenders) == BOTH
+    assert set(comparison.first) == {*BOTH, *FAULTS, "allowed"}, "found before the full length"
+    assert all(comparison.status[name].startswith("wrong: losses of tokens differ by") for name in FAULTS)
+    assert allowed.mean_loss(255) < 0.2 * allowed.loss
 
 
 def test_no_memory_is_a_row(step, monkeypatch):

@@ -22,7 +22,7 @@ from .layer import GeoScaleLayer, PatchedLayer, model_alpha_min
 from .masks import geoscale_mask
 from .refresh import Measurement, RefreshGroup
 from .residual import refuse_embeddings
-from .sharding import enclosing_modules, refuse_parallelism, submodules
+from .sharding import enclosing_modules, refuse_parallelism, refuse_replicas, submodules
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +182,7 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
     own_config(outer, model)
     for layer in layers:
         _attach(layer.site.attention, layer, original)
+        layer.site.attention._replicate_for_data_parallel = refuse_replicas
     if layers[0].site.stream is not None:
         layers[0].hooks.append(model.base_model.register_forward_pre_hook(refuse_embeddings, with_kwargs=True))
     model.set_attn_implementation(NAME)
@@ -207,6 +208,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
         layer.remove_hooks()
         front_end.remove(module)
         del module.geoscale, module.geoscale_replaced, module.extra_repr
+        module.__dict__.pop("_replicate_for_data_parallel", None)
     if original is not None:
         _transformers_model(model).set_attn_implementation(original)
     return model

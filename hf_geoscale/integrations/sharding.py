@@ -8,7 +8,7 @@ read off the shards, right before FSDP gathers them.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -181,3 +181,18 @@ def refuse_parallelism(model: Any = None) -> None:
                 f"{name} parallelism of {size} processes is not supported: each would see only a part of the heads or tokens. "
                 "Use data parallelism (DDP, FSDP2), or unpatch the model"
             )
+
+
+def refuse_replicas() -> NoReturn:
+    """`_replicate_for_data_parallel` of a patched attention module, called by torch.nn.DataParallel for each further GPU.
+
+    A replica is a shallow copy: it would run the original's forward, on weights and scales of another GPU.
+
+    Raises:
+        UnsupportedModelError: always.
+    """
+    raise UnsupportedModelError(
+        "torch.nn.DataParallel cannot replicate FP8 attention, whose forward and scales stay on one GPU (transformers' Trainer "
+        "uses it where a process sees several). Use DistributedDataParallel, a process per GPU (torchrun, accelerate launch), or "
+        "show the process one GPU (CUDA_VISIBLE_DEVICES), or unpatch the model"
+    )

@@ -1,10 +1,12 @@
 """Ways to split a model or its input that certificates cannot follow are refused by name, without any process group."""
 
+import importlib
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from hf_geoscale import GeoScaleCallback, patch_model, refresh_scales
+from hf_geoscale import GeoScaleCallback, patch_model, refresh_scales, unpatch_model
 from hf_geoscale.errors import UnsupportedModelError
 
 from ..conftest import tiny_model, tokens
@@ -68,3 +70,17 @@ def test_fsdp1(flat):
         projection.weight._fsdp_flattened = True
     with pytest.raises(UnsupportedModelError, match=r"llama layer 0 is sharded by FSDP1.*fsdp_version: 2"):
         model(tokens(1, 8))
+
+
+@pytest.mark.parametrize("fused_front_end", [False, True])
+def test_data_parallel(fused_front_end, monkeypatch):
+    """`replicate` is what nn.DataParallel runs before a forward on several GPUs; here both replicas are on the CPU."""
+    parallel = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(parallel, "_broadcast_coalesced_reshape", lambda tensors, *_, **__: [list(tensors)] * 2)
+    model, ids = tiny_model("llama"), tokens(1, 8)
+    before = model(ids).logits
+    patch_model(model, fused_front_end=fused_front_end)
+    with pytest.raises(UnsupportedModelError, match=r"DataParallel cannot replicate FP8.*Use DistributedDataParallel"):
+        parallel.replicate(model, [0, 1], detach=True)
+    for replica in parallel.replicate(unpatch_model(model), [0, 1], detach=True):
+        assert torch.equal(replica(ids).logits, before)

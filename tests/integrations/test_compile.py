@@ -9,7 +9,8 @@ from hf_geoscale import GeoScaleCallback, geometry_report, patch_model
 from hf_geoscale.geometry import operand_bound
 from hf_geoscale.integrations import geoscale_layers
 
-from ..conftest import tiny_model, tokens
+from ..conftest import here, tiny_model, tokens
+from ..tolerances import FLIPPED_ROUNDINGS
 from .test_callback import trainer
 
 BREAKS = {"geoscale_attention_forward", "geoscale_mask"}  # what the compiler leaves to Python, on purpose
@@ -106,4 +107,5 @@ def test_trainer(tmp_path):
         ]
         assert [(row["calls"], row["overflows"]) for row in geometry_report(model).rows] == [(6, 0)] * 2
     assert counters["stats"]["unique_graphs"] > 0
-    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    fused = here().type == "cuda"  # where each of the four steps may flip roundings of its own
+    assert losses[True] == pytest.approx(losses[False], rel=4 * FLIPPED_ROUNDINGS if fused else 1e-5)

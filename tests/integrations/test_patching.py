@@ -154,7 +154,7 @@ class TestRefusals:
         model.model.layers[1].self_attn.q_proj.weight.data.fill_(float("nan"))
         model.model.layers[0].self_attn.q_proj.weight.data.mul_(2)
         with pytest.raises(NonFiniteWeightsError, match="layer 1"):
-            refresh_scales(model)
+            refresh_scales(model, wait=True)
         assert all(torch.equal(a, b) for a, b in zip(bounds(model), old, strict=True))
 
     def test_cross_attention(self):

@@ -234,7 +234,7 @@ class TestTraining:
         loop = scope["QuacKTrainer"](model=plain.model, args=plain.args, train_dataset=plain.train_dataset)
         loop.train()
         assert isinstance(loop.optimizer.optimizer, QuacK)
-        assert (loop.optimizer.optimizer.factors() - 1).abs().max() > 1e-3
+        assert (loop.optimizer.optimizer.factors() - 1).abs().max() > 1e-4  # after four small steps
 
     def test_its_steps_are_not_taken_for_plain_adams(self):
         model = build("llama")
