@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .launcher import DirectKernel
+
 
 @triton.jit
 def load_rotated(
@@ -34,6 +36,7 @@ def load_rotated(
     return (x.to(tl.float32) * cos + y.to(tl.float32) * sin).to(x.dtype)
 
 
+@DirectKernel
 @triton.jit
 def rotate_back_kernel(
     p_x,  # (B, H, L, D), any strides: a gradient, changed in place
