@@ -15,7 +15,8 @@ pytest.importorskip("peft")
 
 
 @pytest.fixture
-def benchmark():
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     path = Path(__file__).parent.parent / "benchmarks" / "adapters.py"
     spec = importlib.util.spec_from_file_location("adapters_benchmark", path)
     module = importlib.util.module_from_spec(spec)
@@ -39,8 +40,12 @@ def run(benchmark, monkeypatch, path: Path, method: str) -> str:
     model = LlamaForCausalLM(config)
     monkeypatch.setattr(benchmark, "load", lambda folder: (copy.deepcopy(model), Tokenizer()))
     monkeypatch.setattr(benchmark, "read_text", lambda path: "an adapter of low rank " * 40)
-    options = ["--steps", "3", "--batch", "2", "--length", "32", "--held-out", "2", "--seeds", "0", "1"]
-    benchmark.main(["tiny", "--methods", method, *options, "--learning-rate", "0.01", "--output", str(path)])
+    options = ["--steps", "3", "--batch", "2", "--length", "32", "--held-out", "2", "--learning-rate", "0.01"]
+    command = ["tiny", "--methods", method, *options, "--output", str(path)]
+    benchmark.main([*command, "--seeds", "1"])
+    benchmark.main([*command, "--seeds", "0", "1"])  # which does what is missing
+    with pytest.raises(ValueError, match="rows with another batch; give another --output, or remove it"):
+        benchmark.main([*command, "--batch", "1"])
     return path.read_text()
 
 
