@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from hf_geoscale import fp8_attention
 from hf_geoscale.kernels.backend import TRITON_INSTALLED
 
 from .fused_cases import CASES, operands, run
@@ -127,6 +130,20 @@ def test_arguments_are_those_of_an_ordinary_launch(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def packed_and_rotated(device: torch.device) -> list[torch.Tensor]:
+    """O and the one gradient of a fused projection, with RoPE in the kernels."""
+    draw = torch.Generator().manual_seed(7)
+    packed = torch.randn(1, 131, 4 * 64, generator=draw).to(device, torch.bfloat16).requires_grad_()
+    q, k, v = packed.unflatten(2, (4, 64)).transpose(1, 2).split((2, 1, 1), dim=1)
+    rotary = tuple(torch.rand(2, 1, 131, 32, generator=draw).to(device))
+    scales = {
+        f"{n}_quant_scale": torch.full((x.shape[1],), 16.0, device=device)
+        for n, x in zip("qkv", (q, k, v), strict=True)
+    }
+    out = fp8_attention(q, k, v, packed=packed, rotary=rotary, **scales, backend="triton")
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), packed)]
+
+
 @pytest.mark.gpu
 def test_results_are_those_of_ordinary_launches(monkeypatch):
     """One call after the other, shapes and options changing, on every device there is."""
@@ -142,16 +159,15 @@ def test_results_are_those_of_ordinary_launches(monkeypatch):
         options = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
         return run([x.requires_grad_() for x in leaves], options)
 
+    def compare(attend: Callable[[], list[torch.Tensor]], what: object) -> None:
+        monkeypatch.setattr(launcher, "_FOLLOWED", False)
+        expected = attend()
+        monkeypatch.setattr(launcher, "_FOLLOWED", True)
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(expected, attend(), strict=True)), what
+
     for device in map(torch.device, (f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        compare(partial(packed_and_rotated, device), device)
         for unaligned in (False, True):
             for name, case in CASES.items():
-                monkeypatch.setattr(launcher, "_FOLLOWED", False)
-                expected = results(case, device, unaligned)
-                monkeypatch.setattr(launcher, "_FOLLOWED", True)
-                for _ in range(2):
-                    found = results(case, device, unaligned)
-                    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), (
-                        name,
-                        device,
-                        unaligned,
-                    )
+                compare(partial(results, case, device, unaligned), (name, device, unaligned))
