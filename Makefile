@@ -12,7 +12,7 @@ demo: $(MODEL)/config.json  ## fine-tune SmolLM2-135M with and without FP8 atten
 	$(BIN)/hf-geoscale finetune $(MODEL) --scaling geometry --output runs/geoscale --overwrite --baseline runs/baseline
 
 test: $(MODEL)/config.json  ## every test (under 10 minutes on 2 cores); GPU tests are skipped, and counted, without a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --smollm2=$(MODEL) -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --smollm2=$(MODEL) -n auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed  ## lint, format, types and import directions, in seconds
 	$(BIN)/ruff check .

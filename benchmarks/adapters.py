@@ -2,12 +2,16 @@
 
     python benchmarks/adapters.py .model/SmolLM2-135M-Instruct --output docs/adapters.md
 
-Each seed sets the adapters' initial values, their dropout and the order of the data; both attentions start from the same adapters.
+Rows are written as they come; a call with the same --output adds what is missing, so that --methods and --seeds may share the work.
+Each seed sets the adapters' initial values, their dropout and the order of the data; every attention starts from the same adapters.
+The held-out loss is taken under the attention that trained and, of the same adapters, under SDPA: the second is of training alone.
 BF16 autocast over a BF16 base (QLoRA: NF4 with double quantisation, bitsandbytes) with float32 adapters on q, k, v and o; AdamW;
 scales are refreshed after every step. On a CPU, scale down: --steps 2 --length 32 --batch 1 --held-out 1.
 """
 
 import argparse
+import itertools
+import json
 import statistics
 import time
 from pathlib import Path
@@ -15,7 +19,7 @@ from typing import Any
 
 import peft
 import torch
-import transformers
+from host import environment
 from torch import Tensor, nn
 
 from hf_geoscale import geometry_report, patch_model, refresh_scales, unpatch_model
@@ -23,7 +27,11 @@ from hf_geoscale.cli.loading import load, read_text, token_blocks
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 RANK, ALPHA, DROPOUT = 16, 32, 0.05
-COLUMNS = ("adapters", "seed", "attention", "mean loss, last third", "held out", "tokens/s", "refresh, ms", "overflows")
+BF16 = "BF16 (SDPA)"
+PRECISIONS = {BF16: None, "FP8": "standard", 'FP8, precision="high"': "high"}
+"""Attentions compared, and the precision that `patch_model` gets."""
+LAST_THIRD, OWN, UNDER_SDPA = "mean loss, last third", "held out", "held out, under SDPA"
+COLUMNS = ("adapters", "seed", "attention", LAST_THIRD, OWN, UNDER_SDPA, "tokens/s", "refresh, ms", "overflows")
 
 
 def four_bit(linear: nn.Linear) -> nn.Module:
@@ -106,42 +114,47 @@ def refresh_milliseconds(model: Any, ids: Tensor) -> float:
 
 
 def compare(method: str, seed: int, training: Tensor, held_out: Tensor, arguments: argparse.Namespace) -> list[dict]:
-    """Both attentions from the same adapters: a row each."""
+    """All attentions from the same adapters: a row each."""
     model = build(arguments.model, method, seed, training.device.type)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     rows = []
-    for attention in ("BF16 (SDPA)", "FP8"):
+    for attention, precision in PRECISIONS.items():
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name in start:
                     parameter.copy_(start[name])
-        if attention == "FP8":
-            patch_model(model)
+        if precision is not None:
+            patch_model(model, precision=precision)
         losses, rate = train(model, training, seed, arguments)
         row = {"adapters": method, "seed": seed, "attention": attention, "tokens/s": rate, "refresh, ms": None}
-        row["mean loss, last third"] = statistics.fmean(losses[-max(1, len(losses) // 3) :])
-        row["held out"] = held_out_loss(model, held_out)
+        row[LAST_THIRD] = statistics.fmean(losses[-max(1, len(losses) // 3) :])
+        row[OWN] = held_out_loss(model, held_out)
         row["overflows"] = None
-        if attention == "FP8":
+        if precision is not None:
             layers = geometry_report(model).rows
             if any(layer["fallback_calls"] for layer in layers):
                 raise RuntimeError("some attention ran on SDPA; the comparison would not be of FP8")
             row["overflows"] = sum(layer["overflows"] for layer in layers)
             row["refresh, ms"] = refresh_milliseconds(model, training)
             unpatch_model(model)
+        row[UNDER_SDPA] = held_out_loss(model, held_out)
         rows.append(row)
     return rows
 
 
-def summary(method: str, rows: list[dict]) -> str:
-    """Gap of the held-out loss and the spreads that it is to be judged by."""
-    losses = {name: [r["held out"] for r in rows if r["attention"] == name] for name in ("BF16 (SDPA)", "FP8")}
-    gaps = [ours - theirs for theirs, ours in zip(*losses.values(), strict=True)]
-    if len(gaps) < 2:
-        return f"{method}: held-out gap FP8 − BF16 {gaps[0]:+.4f} nats (one seed, no spread)."
+def summary(method: str, attention: str, rows: list[dict]) -> str:
+    """Gaps of the held-out losses to BF16's, and the spreads that they are to be judged by."""
+    baseline = [row[OWN] for row in rows if row["attention"] == BF16]
+    said = []
+    for column in (OWN, UNDER_SDPA):
+        ours = [row[column] for row in rows if row["attention"] == attention]
+        gaps = [a - b for a, b in zip(ours, baseline, strict=True)]
+        spread = f" ± {statistics.stdev(gaps):.4f}" if len(gaps) > 1 else ""
+        said.append(f"{statistics.fmean(gaps):+.4f}{spread}")
+    itself = f"BF16 itself spreads by {statistics.stdev(baseline):.4f}" if len(baseline) > 1 else "one seed, no spread"
     return (
-        f"{method}: held-out gap FP8 − BF16 {statistics.fmean(gaps):+.4f} nats, standard deviation {statistics.stdev(gaps):.4f} "
-        f"over {len(gaps)} seeds; BF16 itself spreads by {statistics.stdev(losses['BF16 (SDPA)']):.4f}."
+        f"{method}, {attention} − BF16: held-out gap {said[0]} nats; of what was trained, both under SDPA, {said[1]} "
+        f"(mean ± standard deviation over {len(baseline)} seeds; {itself})."
     )
 
 
@@ -151,22 +164,43 @@ def cell(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def to_markdown(rows: list[dict], arguments: argparse.Namespace) -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+def to_markdown(rows: list[dict]) -> str:
+    """The page of rows that share their settings, in order of method and seed."""
+    rows = sorted(rows, key=lambda row: (row["adapters"], row["seed"]))
+    said = rows[0]["settings"]
     lines = [
-        f"Generated by `python benchmarks/adapters.py`: {Path(arguments.model).name}, {arguments.steps} steps of "
-        f"{arguments.batch} × {arguments.length} tokens, learning rate {arguments.learning_rate:g}, rank {RANK}, "
-        f"dropout {DROPOUT}. {device}, torch {torch.__version__}, transformers {transformers.__version__},",
-        f"peft {peft.__version__}. Nats per token.",
+        f"Generated by `python benchmarks/adapters.py`: {said['model']}, {said['steps']} steps of",
+        f"{said['batch']} × {said['length']} tokens, learning rate {said['learning_rate']:g}, rank {RANK}, dropout {DROPOUT}. {said['gpu']},",
+        f"torch {said['torch']}, transformers {said['transformers']}, peft {said['peft']}, commit {said['commit']}. Nats per token.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
         *(f"| {' | '.join(cell(row[name]) for name in COLUMNS)} |" for row in rows),
         "",
     ]
-    methods = dict.fromkeys(row["adapters"] for row in rows)
-    lines += [f"- {summary(m, [row for row in rows if row['adapters'] == m])}" for m in methods]
+    for method in dict.fromkeys(row["adapters"] for row in rows):
+        mine = [row for row in rows if row["adapters"] == method]
+        lines += [f"- {summary(method, attention, mine)}" for attention in PRECISIONS if attention != BF16]
     return "\n".join(lines) + "\n"
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What rows of one page share."""
+    found = environment("transformers", "peft")
+    here = {name: found[name] for name in ("gpu", "torch", "transformers", "peft", "commit")}
+    named = {
+        name: getattr(arguments, name) for name in ("steps", "batch", "length", "learning_rate", "held_out", "text")
+    }
+    return {"model": Path(arguments.model).name, **named, **here}
+
+
+def earlier_rows(path: Path | None, said: dict[str, Any]) -> list[dict]:
+    """Rows of earlier calls. Raises ValueError where those have other settings."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+    other = sorted({name for row in rows for name in said if row["settings"][name] != said[name]})
+    if other:
+        raise ValueError(f"{path} has rows with another {', '.join(other)}; give another --output, or remove it")
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -180,22 +214,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--held-out", type=int, default=8, help="sequences")
     parser.add_argument("--text", help="file to train on; default: the manual that ships with Python")
-    parser.add_argument("--output", type=Path, help="Markdown file; default: print only")
+    parser.add_argument(
+        "--output", type=Path, help="Markdown file, with its rows in .jsonl beside it; default: print only"
+    )
     arguments = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, said = "cuda" if torch.cuda.is_available() else "cpu", settings(arguments)
+    path = arguments.output and arguments.output.with_suffix(".jsonl")
+    done = {(row["adapters"], row["seed"]) for row in earlier_rows(path, said)}
     _, tokenizer = load(arguments.model)
     text = read_text(arguments.text)
     count = len(tokenizer(text, verbose=False).input_ids) // arguments.length
     ids = token_blocks(tokenizer, text, arguments.length, count).to(device)
     training, held_out = ids[: -arguments.held_out], ids[-arguments.held_out :]
     rows: list[dict] = []
-    for method in arguments.methods:
-        for seed in arguments.seeds:
-            rows += compare(method, seed, training, held_out, arguments)
-            print(
-                *(f"| {' | '.join(cell(row[name]) for name in COLUMNS)} |" for row in rows[-2:]), sep="\n", flush=True
-            )
-    table = to_markdown(rows, arguments)
+    for method, seed in itertools.product(arguments.methods, arguments.seeds):
+        if (method, seed) in done:
+            continue
+        new = [row | {"settings": said} for row in compare(method, seed, training, held_out, arguments)]
+        print(*(f"| {' | '.join(cell(row[name]) for name in COLUMNS)} |" for row in new), sep="\n", flush=True)
+        rows += new
+        if path:
+            with path.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in new))
+    table = to_markdown(earlier_rows(path, said) if path else rows)
     print(table)
     if arguments.output:
         arguments.output.write_text(table)

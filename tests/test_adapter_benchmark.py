@@ -15,7 +15,8 @@ pytest.importorskip("peft")
 
 
 @pytest.fixture
-def benchmark():
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     path = Path(__file__).parent.parent / "benchmarks" / "adapters.py"
     spec = importlib.util.spec_from_file_location("adapters_benchmark", path)
     module = importlib.util.module_from_spec(spec)
@@ -39,8 +40,12 @@ def run(benchmark, monkeypatch, path: Path, method: str) -> str:
     model = LlamaForCausalLM(config)
     monkeypatch.setattr(benchmark, "load", lambda folder: (copy.deepcopy(model), Tokenizer()))
     monkeypatch.setattr(benchmark, "read_text", lambda path: "an adapter of low rank " * 40)
-    options = ["--steps", "3", "--batch", "2", "--length", "32", "--held-out", "2", "--seeds", "0", "1"]
-    benchmark.main(["tiny", "--methods", method, *options, "--learning-rate", "0.01", "--output", str(path)])
+    options = ["--steps", "3", "--batch", "2", "--length", "32", "--held-out", "2", "--learning-rate", "0.01"]
+    command = ["tiny", "--methods", method, *options, "--output", str(path)]
+    benchmark.main([*command, "--seeds", "1"])
+    benchmark.main([*command, "--seeds", "0", "1"])  # which does what is missing
+    with pytest.raises(ValueError, match="rows with another batch; give another --output, or remove it"):
+        benchmark.main([*command, "--batch", "1"])
     return path.read_text()
 
 
@@ -56,20 +61,21 @@ def test_the_table(benchmark, monkeypatch, tmp_path, method):
         pytest.importorskip("bitsandbytes")
     text = run(benchmark, monkeypatch, tmp_path / "adapters.md", method)
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {method}")]
-    assert [row[1:3] for row in rows] == [[seed, kind] for seed in "01" for kind in ("BF16 (SDPA)", "FP8")]
-    losses = [float(row[4]) for row in rows]
-    assert losses[0] != losses[1]
-    assert abs(losses[0] - losses[1]) < 0.05 * losses[0]
-    assert [row[-1] for row in rows] == ["–", "0", "–", "0"]
-    assert f"- {method}: held-out gap FP8 − BF16" in text
+    assert [row[1:3] for row in rows] == [[seed, kind] for seed in "01" for kind in benchmark.PRECISIONS]
+    own, under_sdpa = ([float(row[column]) for row in rows] for column in (4, 5))
+    assert own[0] == under_sdpa[0]
+    assert len(set(own[:3])) == 3
+    assert under_sdpa[1:3] != own[1:3]
+    assert all(abs(loss - own[0]) < 0.05 * own[0] for loss in own + under_sdpa)
+    assert [row[-1] for row in rows] == ["–", "0", "0"] * 2
+    assert f"- {method}, FP8 − BF16: held-out gap" in text
     assert "over 2 seeds" in text
 
 
 def test_the_summary_of_known_losses(benchmark):
-    rows = [
-        {"attention": kind, "held out": loss}
-        for kind, loss in (("BF16 (SDPA)", 2.0), ("FP8", 2.1), ("BF16 (SDPA)", 3.0), ("FP8", 3.3))
-    ]
-    text = benchmark.summary("LoRA", rows)
-    assert "gap FP8 − BF16 +0.2000 nats, standard deviation 0.1414 over 2 seeds; BF16 itself spreads by 0.7071" in text
-    assert "one seed, no spread" in benchmark.summary("LoRA", rows[:2])
+    known = (("BF16 (SDPA)", 2.0, 2.0), ("FP8", 2.1, 2.01), ("BF16 (SDPA)", 3.0, 3.0), ("FP8", 3.3, 3.0))
+    rows = [{"attention": kind, "held out": own, "held out, under SDPA": sdpa} for kind, own, sdpa in known]
+    text = benchmark.summary("LoRA", "FP8", rows)
+    assert "gap +0.2000 ± 0.1414 nats; of what was trained, both under SDPA, +0.0050 ± 0.0071" in text
+    assert "over 2 seeds; BF16 itself spreads by 0.7071" in text
+    assert "one seed, no spread" in benchmark.summary("LoRA", "FP8", rows[:2])

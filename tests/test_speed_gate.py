@@ -175,6 +175,13 @@ def test_the_page_says_what_is_not_timed_and_how_many_plans_were_tried(gate, mon
     assert capsys.readouterr().out.strip() == page.strip()
 
 
+def test_the_published_page_is_rendered_from_its_records(gate, capsys):
+    pytest.importorskip("triton")
+    docs = BENCHMARKS.parent / "docs"
+    importlib.import_module("attention_speed").main(["--render", str(docs / "attention_speed.jsonl")])
+    assert capsys.readouterr().out.strip() == (docs / "attention_speed.md").read_text().strip()
+
+
 def test_published_errors(gate):
     errors = gate.published_errors("BF16 attention")
     assert list(errors) == ["O", "dQ", "dK", "dV"]

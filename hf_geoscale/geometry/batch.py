@@ -128,10 +128,8 @@ def _scaled_grams(
     heads, (dim, width) = out.shape[0], maps[0].weight.shape[1:]
     parts, length = partition(width)
     rows = torch.empty(heads, parts, dim, length, dtype=torch.bfloat16, device=out.device)
-    start = 0
-    for p in maps:
-        scaled_rows(p.weight, p.norm_gain, rows[start : start + p.weight.shape[0]])
-        start += p.weight.shape[0]
+    for p, own in zip(maps, rows.transpose(1, 2).split([p.weight.shape[0] for p in maps]), strict=True):
+        scaled_rows(p.weight, p.norm_gain, own)
     torch.sum(products(rows.flatten(0, 1)).view(heads, parts, dim, dim), 1, out=out)
 
 

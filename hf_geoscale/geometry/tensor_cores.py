@@ -43,6 +43,7 @@ SLACK = 1.01
 """Factor on allowances for what is of second order in them (K·2⁻²³ ≤ 2⁻⁷ for K ≤ 2¹⁶)."""
 
 
+@lru_cache
 def partition(width: int) -> tuple[int, int]:
     """(C, K): rows of `width` = C·K entries in as few equal parts as keep K ≤ SUM_WIDTH; one part where nothing divides it."""
     for parts in range(math.ceil(width / SUM_WIDTH), 65):
@@ -51,6 +52,7 @@ def partition(width: int) -> tuple[int, int]:
     return 1, width
 
 
+@lru_cache
 def sum_error(width: int) -> float:
     """ε of a Gram matrix of rows of this width: ‖Ĝ − Â Âᵀ‖_F ≤ ε‖Â‖_F²."""
     return SLACK * sum(partition(width)) * ADDITION
@@ -62,24 +64,29 @@ def products(
     """M Mᵀ with exact products and float32 sums: (N, D, D) float32."""
     # The flag lets cuBLAS add FP16 products in FP16.
     in_half = matrix.dtype == torch.float16 and getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
-    if matrix.is_cuda and not in_half and "dtype" in torch.ops.aten.bmm.overloads():
+    if matrix.is_cuda and not in_half and _bmm_widens():
         return torch.bmm(matrix, matrix.mT, out_dtype=torch.float32)
     matrix = matrix.float()
     return matrix @ matrix.mT
 
 
+@lru_cache
+def _bmm_widens() -> bool:
+    """Whether this torch multiplies 16-bit matrices into float32."""
+    return "dtype" in torch.ops.aten.bmm.overloads()
+
+
 def scaled_rows(
     weight: Tensor,  # (H, D, d)
     gain: Tensor | None,  # (d,)
-    out: Tensor,  # (H, C, D, K) BF16, C·K = d
+    out: Tensor,  # (H, D, C, K) BF16, C·K = d, any strides
 ) -> None:
     """Write Â = bf16(W diag(g)), its rows cut into C parts. Reads the weight once and makes no other copy of it."""
-    parts, length = out.shape[1], out.shape[3]
-    weight = weight.detach().unflatten(-1, (parts, length)).transpose(1, 2)
+    weight = weight.detach().view(out.shape)
     if gain is None:
         out.copy_(weight)
     else:
-        gain = gain.detach().reshape(parts, 1, length)
+        gain = gain.detach().view(out.shape[2:])
         if weight.dtype == torch.float16:  # a product of two float16 numbers would be rounded to float16 first
             gain = gain.float()
         torch.mul(weight, gain, out=out)
@@ -93,15 +100,17 @@ def half_trace_power_bound(
 
     At most D^(1/p) times σ, times `half_looseness`. NaN stays NaN; what overflows float32 becomes NaN.
     """
-    norms, power = [], gram
+    norms, power, half = [], gram, torch.empty_like(gram, dtype=torch.float16)
     for i in range(squarings):
-        norm = torch.linalg.vector_norm(power, dim=(-2, -1), dtype=torch.float64).clamp_min(SMALLEST_NORM)
+        norm = torch.linalg.vector_norm(power, dim=(-2, -1), keepdim=True, dtype=torch.float64).clamp_min_(
+            SMALLEST_NORM
+        )
         norms.append(norm)
         if i < squarings - 1:
-            half = torch.empty_like(power, dtype=torch.float16)
-            torch.mul(power, norm.reciprocal()[:, None, None], out=half)
+            torch.mul(power, norm.reciprocal(), out=half)
             power = products(half)
-    return torch.exp(_exponents(squarings, gram.device) @ torch.stack(norms).log()) * half_looseness(gram.shape[-1])
+    log_norms = torch.cat(norms).view(squarings, -1).log_()
+    return torch.exp(_exponents(squarings, gram.device) @ log_norms) * half_looseness(gram.shape[-1])
 
 
 @lru_cache(maxsize=64)
@@ -111,6 +120,7 @@ def _exponents(squarings: int, device: torch.device) -> Tensor:
         return torch.exp2(-torch.arange(squarings, dtype=torch.float64, device=device))
 
 
+@lru_cache
 def half_looseness(dim: int) -> float:
     """(1 + ê)²(1 + â) of the module's docstring: 1.3 % at D = 128."""
     rounding = SLACK * math.sqrt(dim) * (FP16_ROUNDOFF + dim * FP16_UNDERFLOW)

@@ -14,6 +14,7 @@ from .decoders import FAMILIES
 from .norms import gain_and_shift
 from .refusals import REFUSED
 from .residual import ResidualStream, residual_stream
+from .sharding import attribute, submodules
 from .versions import module_versions
 from .weights import EffectiveWeight, effective_weight
 
@@ -30,11 +31,11 @@ class AttentionSite:
 
     @property
     def attention(self) -> Any:
-        return getattr(self.block, FAMILIES[self.family].attention)
+        return attribute(self.block, FAMILIES[self.family].attention)
 
     @property
     def input_norm(self) -> Any:
-        return getattr(self.block, FAMILIES[self.family].input_norm)
+        return attribute(self.block, FAMILIES[self.family].input_norm)
 
     @property
     def head_dim(self) -> int:
@@ -46,7 +47,7 @@ class AttentionSite:
 
     def weight(self, name: str, shape: tuple[int, int], token: tuple[Tensor | None, Tensor | None]) -> EffectiveWeight:
         """What a projection of the attention computes from tokens of this gain and shift. Raises UnsupportedModelError."""
-        return effective_weight(getattr(self.attention, name), self.describe(name), shape, *token)
+        return effective_weight(attribute(self.attention, name), self.describe(name), shape, *token)
 
     def norm(self, norm: Any) -> tuple[Tensor | None, Tensor | None]:
         """Gain and shift of a norm layer, (d,) each or None. Raises UnsupportedModelError."""
@@ -66,12 +67,14 @@ class AttentionSite:
 
     def parameters(self) -> list[Tensor]:
         """The unquantised parameters that decide the projections."""
-        parameters = (p for module in self.weight_modules() for p in module.parameters())
+        owners = submodules(self.weight_modules())
+        parameters = [p for owner in owners for p in owner._parameters.values() if p is not None]
         return [p for p in parameters if p.is_floating_point() and not type(p).__module__.startswith("torchao.")]
 
     def weight_modules(self) -> list[Any]:
         """Modules whose parameters decide the certificates."""
-        modules = [getattr(self.attention, name, None) for name in FAMILIES[self.family].modules]
+        attention = self.attention
+        modules = [attribute(attention, name) for name in FAMILIES[self.family].modules]
         before = [self.input_norm] if self.stream is None else self.stream.modules
         return [*before, *(module for module in modules if module is not None)]
 
@@ -81,8 +84,8 @@ class AttentionSite:
 
         In evaluation mode the weights' bits count too, so that writes through `.data` are seen.
         """
-        training, modules = self.attention.training, self.weight_modules()
-        trainable = any(p.requires_grad for module in modules for p in module.parameters())
+        training, modules = self.attention.training, submodules(self.weight_modules())
+        trainable = any(p is not None and p.requires_grad for m in modules for p in m._parameters.values())
         steps = _optimizer_steps if trainable else None  # optimizers move nothing else
         return (steps, training, *module_versions(modules, contents=not training))
 

@@ -19,7 +19,6 @@ from .sharding import (
     follow_shards,
     fsdp_units,
     look_at_shards,
-    refuse_parallelism,
     refuse_unreadable,
 )
 from .utilisation import Utilisation, add_together
@@ -107,7 +106,6 @@ class GeoScaleLayer(PatchedLayer):
         Raises:
             UnsupportedModelError: weights that cannot be read.
         """
-        refuse_parallelism()
         if self.site.stream is not None and fsdp_units(self.enclosing):
             raise UnsupportedModelError(
                 f"{self.name}: its v is bounded by the embedding and the norms of earlier layers, which FSDP2 has sharded again by "

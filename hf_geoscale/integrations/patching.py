@@ -22,7 +22,7 @@ from .layer import GeoScaleLayer, PatchedLayer, model_alpha_min
 from .masks import geoscale_mask
 from .refresh import Measurement, RefreshGroup
 from .residual import refuse_embeddings
-from .sharding import enclosing_modules, refuse_parallelism, refuse_replicas
+from .sharding import enclosing_modules, refuse_parallelism, refuse_replicas, submodules
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ AttentionMaskInterface.register(NAME, torch.compiler.disable(geoscale_mask))
 
 def patched_modules(model: nn.Module) -> Iterator[tuple[Any, PatchedLayer]]:
     """Every patched attention module with its state, in the order of the layers."""
-    for module in model.modules():
+    for module in submodules([model]):
         layer = module.__dict__.get("geoscale")
         if isinstance(layer, PatchedLayer):
             yield module, layer

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..errors import NonFiniteWeightsError, UnsupportedModelError
 from ..geometry import LayerGeometry, LayerMaps, measure_layers
 from ..scaling import refresh_together
+from .sharding import refuse_parallelism
 from .utilisation import add_together
 
 if TYPE_CHECKING:
@@ -59,14 +60,14 @@ class HostValues:
 
 
 @contextmanager
-def _exact_arithmetic(layers: Sequence["GeoScaleLayer"]) -> Iterator[None]:
+def _exact_arithmetic() -> Iterator[None]:
     """No gradients, no inference tensors, no autocast."""
-    devices = {p.device.type for layer in layers for module in layer.site.weight_modules() for p in module.parameters()}
-    devices.discard("meta")  # refused while reading
+    accelerator = torch.accelerator.current_accelerator()
+    devices = {"cpu"} if accelerator is None else {"cpu", accelerator.type}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        for device in devices:
+        for device in filter(torch.is_autocast_enabled, devices):
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
@@ -83,7 +84,8 @@ class Measurement:
         self.versions: list[tuple] = []
         self.geometries: list[LayerGeometry] = []
         self.installed = False
-        with _exact_arithmetic(self.layers):
+        refuse_parallelism()
+        with _exact_arithmetic():
             batch: list[LayerMaps] = []
             fresh = 0
             for layer in self.layers:
@@ -127,7 +129,7 @@ class Measurement:
         ):
             layer.statistics.range_used, layer.statistics.logit_amax, layer.observed = {}, None, {}
             layer.use(geometry, version, self._values, index)
-        with _exact_arithmetic(self.layers):
+        with _exact_arithmetic():
             refresh_together([layer.scaling for layer in self.layers], self.geometries)
         self.installed = True
 

@@ -36,12 +36,30 @@ def is_shard(parameter: Tensor) -> bool:
     return hasattr(parameter, "full_tensor")
 
 
+def submodules(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """These modules and all inside them, each once, in the order of `nn.Module.modules`, whose nested generators are slow."""
+    found: dict[nn.Module, None] = {}
+    waiting = list(modules)[::-1]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = None
+            if module._modules:
+                waiting += [child for child in reversed(module._modules.values()) if child is not None]
+    return list(found)
+
+
+def attribute(module: Any, name: str) -> Any:
+    """`getattr(module, name, None)` that finds submodules at once: `nn.Module.__getattr__` runs only after a failed search."""
+    found = module._modules.get(name)
+    return getattr(module, name, None) if found is None else found
+
+
 def _parameters(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    for module in modules:
-        for owner in module.modules():
-            for name, parameter in owner._parameters.items():
-                if parameter is not None:
-                    yield owner, name, parameter
+    for owner in submodules(modules):
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                yield owner, name, parameter
 
 
 def _writes(parameter: Any) -> tuple:
@@ -62,7 +80,7 @@ def shard_version(owner: nn.Module, name: str, parameter: Any) -> object | None:
     """
     if is_shard(parameter):
         return _writes(parameter)
-    followed = _shards.get(owner)
+    followed = _shards.get(owner) if _shards else None
     if followed is None:
         return None
     return followed.setdefault(
@@ -123,7 +141,8 @@ def can_be_read(modules: Iterable[nn.Module]) -> bool:
 def refuse_unreadable(modules: Iterable[nn.Module], where: str, enclosing: Iterable[nn.Module] = ()) -> None:
     """Raise UnsupportedModelError, naming the remedy, for weights that are not whole while their layer runs."""
     modules = list(modules)
-    for _, _, parameter in _parameters(modules):
+    parameters = [parameter for _, _, parameter in _parameters(modules)]
+    for parameter in parameters:
         if is_shard(parameter):
             what = "(a DTensor) while its attention runs" if fsdp_units(enclosing) else "by tensor parallelism"
             raise UnsupportedModelError(
@@ -136,7 +155,7 @@ def refuse_unreadable(modules: Iterable[nn.Module], where: str, enclosing: Itera
                 "use FSDP2 (accelerate: fsdp_version: 2)"
             )
     flat = any("weight" in module.__dict__ for module in modules)  # use_orig_params=False leaves no parameters
-    if flat or any(getattr(parameter, "_fsdp_flattened", False) for _, _, parameter in _parameters(modules)):
+    if flat or any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters):
         raise UnsupportedModelError(
             f"{where} is sharded by FSDP1 (FullyShardedDataParallel), whose flat parameters hide when a weight was written; "
             "use FSDP2 (fully_shard; accelerate: fsdp_version: 2)"

@@ -1,6 +1,6 @@
 """Version of a module's effective weight: two calls that return the same have seen the same weights."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,28 +8,35 @@ from torch import Tensor, nn
 
 from .sharding import shard_version
 
+_PARTS = frozenset(("SCB", "CB", "quant_state"))
+"""Attributes in which bitsandbytes keeps tensors of a parameter."""
 
-def module_versions(modules: Iterable[nn.Module], contents: bool) -> tuple:
+
+def module_versions(modules: Sequence[nn.Module], contents: bool) -> tuple:
     """Changes when a parameter is written or replaced, a module is swapped, or an adapter is switched, merged, scaled or disabled.
 
     Writes through `.data` (EMA copies, PEFT's merge) count for nobody; `contents` adds a checksum of the weights' bits, one
     transfer from the device, that notices them. In training an optimizer's step follows such writes, or a change of mode.
+
+    Args:
+        modules: and all inside them (`sharding.submodules`).
     """
-    found = [m for module in modules for m in module.modules()]
     shards: list[object] = []
     tensors: list[Tensor] = []
-    for owner in found:
+    for owner in modules:
         for name, parameter in owner._parameters.items():
             if parameter is None:
                 continue
             version = shard_version(owner, name, parameter)
-            if version is None:
-                tensors += stored(parameter)
-            else:
+            if version is not None:
                 shards.append(version)
+            elif type(parameter) is nn.Parameter and _PARTS.isdisjoint(vars(parameter)):
+                tensors.append(parameter)
+            else:
+                tensors += stored(parameter)
     # An inference tensor counts no changes: a new object differs from every earlier version.
     writes = [(t.data_ptr(), object() if t.is_inference() else t._version) for t in tensors]
-    return (*(_state(m) for m in found), *shards, *writes, checksum(tensors) if contents else None)
+    return (*[_state(m) for m in modules], *shards, *writes, checksum(tensors) if contents else None)
 
 
 def stored(parameter: Tensor) -> Iterator[Tensor]:
@@ -52,7 +59,7 @@ def _state(module: Any) -> tuple:
     state: tuple = (type(module).__qualname__,)
     if isinstance(module, nn.Dropout):
         return (*state, module.p, module.training)
-    if hasattr(module, "_disable_adapters"):  # PEFT's adapter layers and wrappers
+    if "_disable_adapters" in vars(module) or hasattr(type(module), "_disable_adapters"):  # PEFT's layers and wrappers
         names = module._active_adapter
         scaling = getattr(module, "scaling", {})
         state += (

@@ -34,6 +34,9 @@ HALF_STEP_BNB = 1 / 254
 STEP_TORCHAO = 1 / 127
 """A whole step instead of half: torchao's scale is itself rounded to the activation's dtype, and ±127.5 is clamped."""
 
+_ORDINARY = (nn.Linear, Conv1D)
+"""Classes that compute what their weight and bias say, where these are plain parameters."""
+
 _MIXED_BATCH_HOOK = "_adapter_names_pre_forward_hook"
 
 _TORCHAO_WEIGHTS = {"Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor"}
@@ -87,7 +90,7 @@ class TokenBound:
 
 def active_module(module: Any) -> Any:
     """The module that runs where PEFT keeps several (`modules_to_save`); any other module itself."""
-    if class_path(module) != "peft.utils.other.ModulesToSaveWrapper":
+    if type(module) in _ORDINARY or class_path(module) != "peft.utils.other.ModulesToSaveWrapper":
         return module
     refuse_mixed_batch(module, f"a module of modules_to_save ({type(module.original_module).__name__})")
     active = module.active_adapters
@@ -121,15 +124,13 @@ def effective_weight(
     Raises:
         UnsupportedModelError: a module that hides its effective weight, or a weight of another shape.
     """
+    module = active_module(module)
+    if type(module) in _ORDINARY and type(module.weight) is nn.Parameter:
+        return _of_shape(_plain_weight(module, where), shape, where)  # neither adapters nor casts
     from .adapters import is_adapter, with_adapters  # it needs this module
 
-    module = active_module(module)
     base = module.base_layer if is_adapter(module) else module
-    plain = _plain_weight(base, where)
-    if tuple(plain.weight.shape) != shape:
-        raise UnsupportedModelError(f"{where} must have a weight of shape {shape}, got {tuple(plain.weight.shape)}")
-    if module is base and type(module) in (nn.Linear, Conv1D) and type(module.weight) is nn.Parameter:
-        return plain  # neither adapters nor casts
+    plain = _of_shape(_plain_weight(base, where), shape, where)
     swap = type(base) is Conv1D
     rows = plain.transposed if swap else plain
     token = TokenBound.of_norm(gain, shift, rows.weight.shape[1], rows.weight.device)
@@ -141,11 +142,18 @@ def effective_weight(
     return rows.transposed if swap else rows
 
 
+def _of_shape(found: EffectiveWeight, shape: tuple[int, int], where: str) -> EffectiveWeight:
+    if tuple(found.weight.shape) != shape:
+        raise UnsupportedModelError(f"{where} must have a weight of shape {shape}, got {tuple(found.weight.shape)}")
+    return found
+
+
 def _plain_weight(module: Any, where: str) -> EffectiveWeight:
     """Weight and bias of a module without adapters, once it is sure that they are the effective ones."""
-    path = class_path(module)
+    ordinary = type(module) in _ORDINARY
+    path = "" if ordinary else class_path(module)
     bias = getattr(module, "bias", None)
-    if hasattr(module, "base_layer"):
+    if not ordinary and hasattr(module, "base_layer"):
         raise UnsupportedModelError(
             f"{where} is a {type(module).__name__} adapter, whose effective weight this release does not certify; "
             "merge it first (model.merge_and_unload()) or unpatch the model"
@@ -154,7 +162,7 @@ def _plain_weight(module: Any, where: str) -> EffectiveWeight:
         return EffectiveWeight(_dequantised_bitsandbytes(module, where), bias)
     if path in _FLOAT8_LINEARS:
         bias = None if bias is None or not bias.numel() else bias
-    elif type(module) not in (nn.Linear, Conv1D):
+    elif not ordinary:
         raise UnsupportedModelError(
             f"{where} is a {type(module).__name__}; only nn.Linear and Conv1D, and the linears of LoRA, bitsandbytes, "
             "torchao and Transformer Engine, are sure to compute what their weight says"

@@ -125,8 +125,7 @@ def _fused(
 
 def kernel_operand(x: Tensor, backend: str) -> Tensor:
     """x as the backend reads it before it quantises: the fused kernels take float32 as bfloat16."""
-    fused = resolve_backend(backend, x.device) == "triton"
-    return x.bfloat16() if fused and x.dtype == torch.float32 else x
+    return x.bfloat16() if x.dtype == torch.float32 and resolve_backend(backend, x.device) == "triton" else x
 
 
 def fp8_attention(

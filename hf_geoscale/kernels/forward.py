@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .launcher import DirectKernel
 from .tile import (
     E4M3_MAX,
     PROBABILITY_LOG2,
@@ -141,6 +142,7 @@ def attend_tile(
     return acc, row_sum, new_max, logit_max, logits_over
 
 
+@DirectKernel
 @triton.jit
 def forward_kernel(
     d_q,  # descriptors: (B·Hq·Lq, D) E4M3

@@ -98,6 +98,8 @@ def _on_device_of_operands(run):
 
     @wraps(run)
     def call(x: Tensor, *args):
+        if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+            return run(x, *args)
         with torch.cuda.device_of(x):
             return run(x, *args)
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .forward import HIDDEN, cap_logits, logit_unit, round_logits, softmax_factors
+from .launcher import DirectKernel
 from .tile import RESIDUAL_GAIN, contraction_order, dropout_keep, heaviest_first, mix, row_bounds, tile_pointers
 
 
@@ -42,6 +43,7 @@ def query_span(
     return start, full_start, full_stop, stop
 
 
+@DirectKernel
 @triton.jit
 def query_span_kernel(
     p_range,  # (B, Lq, 2)
@@ -162,6 +164,7 @@ def key_tile(
     return dk, dv
 
 
+@DirectKernel
 @triton.jit
 def key_gradient_kernel(
     d_q,  # descriptors: (B·Hq·Lq, D) E4M3

@@ -1,18 +1,19 @@
 """Launches of the portable attention kernels. `hopper.launch` has the same three functions."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .forward import forward_kernel
 from .key_gradient import key_gradient_kernel, query_span_kernel
+from .launcher import descriptor
 from .query_gradient import query_gradient_kernel
 from .reference import GRADIENT_ROWS
 from .rotary_tile import rotate_back_kernel
-from .tiles import Tiles, padded_head_dim, tiles_for
+from .tiles import Tiles, cdiv, padded_head_dim, tiles_for
 
 ROTARY_ROWS = 64
 """Rows of one program that turns a gradient back."""
@@ -58,7 +59,7 @@ class Call:
     def scales(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q_quant_scale, self.k_quant_scale, self.v_quant_scale
 
-    @property
+    @cached_property
     def padded_dim(self) -> int:
         return padded_head_dim(self.dim)
 
@@ -71,7 +72,7 @@ class Call:
         """window, softmax_scale, softcap, probability to survive dropout, and the threshold of 32 random bits that does."""
         return self.window, self.softmax_scale, self.softcap, 1 - self.dropout_p, int(self.dropout_p * 2**32)
 
-    @property
+    @cached_property
     def flags(self) -> dict[str, bool | int]:
         """Compile-time arguments that all three kernels take."""
         return {
@@ -89,11 +90,11 @@ class Call:
 
 def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """View x as (…, last dimension) for tile loads of (rows, columns); what lies outside reads as zero."""
-    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [rows, columns])
+    return descriptor(x, (rows, columns), TensorDescriptor.from_tensor)
 
 
 def _vectors(x: Tensor, length: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(x.view(-1), [length])
+    return descriptor(x, (length,), TensorDescriptor.from_tensor)
 
 
 def forward(
@@ -113,7 +114,7 @@ def forward(
     kv_heads, n_keys = k8.shape[1:3]
     tile, dim = call.tiles.forward, call.padded_dim
     d_k = _tiles(k8, tile.keys, dim)
-    forward_kernel[(triton.cdiv(n_queries, tile.rows) * batch * heads,)](
+    forward_kernel[(cdiv(n_queries, tile.rows) * batch * heads,)](
         _tiles(q8, tile.rows, dim), d_k, _tiles(residual, tile.keys, dim) if call.high else d_k, _tiles(v8, dim, tile.keys),
         *call.scales, call.key_range, call.dropout_seed, call.logit_quant_scale, out, shift, row_sum, logit_max, overflow,
         *out.stride()[:3], heads, kv_heads, n_queries, n_keys, *call.scalars, OBSERVE=logit_max.numel() > 0,
@@ -141,7 +142,7 @@ def query_gradient(
     batch, heads, n_queries, _ = q8.shape
     kv_heads, n_keys = k8.shape[1:3]
     tile, dim = call.tiles.query_gradient, call.padded_dim
-    query_gradient_kernel[(triton.cdiv(n_queries, tile.rows) * batch * heads,)](
+    query_gradient_kernel[(cdiv(n_queries, tile.rows) * batch * heads,)](
         _tiles(q8, tile.rows, dim), _tiles(k8, tile.keys, dim), _tiles(k8_columns, dim, tile.keys),
         _tiles(residual, tile.keys, dim), _tiles(residual_columns, dim, tile.keys), _tiles(v8, tile.keys, dim),
         _tiles(grad8, tile.rows, dim), *call.scales, call.key_range, call.dropout_seed, call.logit_quant_scale, shift,
@@ -170,7 +171,7 @@ def key_gradient(
     batch, heads, n_queries, _ = q8.shape
     kv_heads, n_keys = k8.shape[1:3]
     tile, dim = call.tiles.key_gradient, call.padded_dim
-    key_gradient_kernel[(triton.cdiv(n_keys, tile.keys) * batch * kv_heads,)](
+    key_gradient_kernel[(cdiv(n_keys, tile.keys) * batch * kv_heads,)](
         _tiles(q8, tile.rows, dim), _tiles(q8_columns, dim, tile.rows), _tiles(k8, tile.keys, dim),
         _tiles(residual, tile.keys, dim), _tiles(v8, tile.keys, dim), _tiles(grad8, tile.rows, dim),
         _tiles(grad8_columns, dim, tile.rows), _vectors(group_shift, tile.rows), _vectors(group_delta, tile.rows),
@@ -189,7 +190,7 @@ def rotate_back(
     if not call.turned:
         return
     batch, heads, length, _ = x.shape
-    rotate_back_kernel[batch * heads, triton.cdiv(length, ROTARY_ROWS)](
+    rotate_back_kernel[batch * heads, cdiv(length, ROTARY_ROWS)](
         x, call.cos, call.sin, *x.stride(), *call.angle_strides, heads, length, call.dim, call.padded_dim, call.turned,
         call.interleaved, ROTARY_ROWS,
     )  # fmt: skip
@@ -199,7 +200,7 @@ def query_spans(call: Call, batch: int, n_queries: int, n_keys: int, keys: int, 
     """Which rows see each block of keys, (B, blocks, 4) int32 as `query_span`; None where a kernel computes it itself."""
     if call.key_range is None:
         return None
-    n_blocks = triton.cdiv(n_keys, keys)
+    n_blocks = cdiv(n_keys, keys)
     span = torch.empty(batch, n_blocks, 4, dtype=torch.int32, device=call.key_range.device)
     query_span_kernel[n_blocks, batch](
         call.key_range, span, n_queries, n_keys, n_blocks, call.window, keys, rows, call.causal, call.window > 0

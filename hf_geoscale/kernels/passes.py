@@ -1,7 +1,6 @@
 """The fused backend's two passes, forward and backward: which kernels run on what, and what they leave."""
 
 import torch
-import triton
 from torch import Tensor
 
 from . import hopper, launch
@@ -11,7 +10,7 @@ from .qk_norm_tile import empty_norm_gradient, norm_gradient
 from .quantize import quantize_kernel, transpose_kernel
 from .quantize_gradient import gradient_range_kernel, quantize_gradient_kernel
 from .reference import GRADIENT_ROWS
-from .tiles import SEQUENCE_PADDING, padded_head_dim
+from .tiles import SEQUENCE_PADDING, cdiv, padded_head_dim
 
 QUANTIZE_ROWS = 64
 """Rows of one program of the quantising kernels; divides SEQUENCE_PADDING and GRADIENT_ROWS."""
@@ -100,7 +99,7 @@ def forward(
     overflow = torch.zeros(4 if count else 0, dtype=torch.int64, device=device)
     observe = observe or logit_quant_scale is not None
     logit_max = torch.zeros(heads, device=device) if observe else torch.empty(0, device=device)
-    grid = (batch * (heads + 2 * kv_heads), triton.cdiv(max(n_queries, padded), QUANTIZE_ROWS))
+    grid = (batch * (heads + 2 * kv_heads), cdiv(max(n_queries, padded), QUANTIZE_ROWS))
     quantize_kernel[grid](
         query, key, value, *call.scales, call.signs, q8, k8, residual, v8, v_norm, amax, overflow, cos, sin, q_norm, k_norm,
         *query.stride(), *key.stride(), *value.stride(), *call.angle_strides, norm_eps, batch, heads, kv_heads, n_queries, n_keys,
@@ -189,10 +188,10 @@ def backward(
         (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, cos, sin, interleaved,
         softmax_scale, softcap, causal, min(window, n_keys), dropout_p, incoherent, high, dim,
     )  # fmt: skip
-    padded_dim, n_groups = call.padded_dim, triton.cdiv(n_queries, GRADIENT_ROWS)
+    padded_dim, n_groups = call.padded_dim, cdiv(n_queries, GRADIENT_ROWS)
 
     gradient_range = torch.zeros(batch, heads, n_groups, 2, device=device)
-    grid = (batch * heads, triton.cdiv(n_queries, QUANTIZE_ROWS))
+    grid = (batch * heads, cdiv(n_queries, QUANTIZE_ROWS))
     gradient_range_kernel[grid](
         grad_out, row_sum, gradient_range, *grad_out.stride(), heads, n_queries, n_groups, GRADIENT_ROWS, dim, padded_dim,
         QUANTIZE_ROWS,
@@ -212,7 +211,7 @@ def backward(
     q8_columns, k8_columns = torch.empty_like(grad8_columns), torch.empty_like(v8)
     residual_columns = torch.empty_like(v8) if high else k8_columns
     residual = residual if high else k8
-    transpose_kernel[batch * (heads + 2 * kv_heads), triton.cdiv(max(padded, v8.shape[3]), QUANTIZE_ROWS)](
+    transpose_kernel[batch * (heads + 2 * kv_heads), cdiv(max(padded, v8.shape[3]), QUANTIZE_ROWS)](
         q8, k8, residual, v8, q8_columns, k8_columns, residual_columns, v8_rows, batch, heads, kv_heads, n_queries, padded,
         n_keys, v8.shape[3], dim, padded_dim, high, QUANTIZE_ROWS,
     )  # fmt: skip

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import padded_head_dim
+from .launcher import DirectKernel
+from .tiles import cdiv, padded_head_dim
 
 TILE = 4096
 """Elements of one tile of the gradient: 32 a thread, so that the four tiles it holds fit the registers of four warps."""
@@ -58,6 +59,7 @@ def norm_gradient_rows(
     tl.store(p_partial + dims, total, mask=dims < D)
 
 
+@DirectKernel
 @triton.jit
 def norm_gradient_kernel(
     p_q,  # (B, Hq, Lq, D), any strides: what was normalised
@@ -127,7 +129,7 @@ def norm_gradient_kernel(
 def empty_norm_gradient(query: Tensor, key: Tensor) -> Tensor:
     """Empty (B, Hq + Hkv, chunks, D) float32: what the rows of each chunk add to the gradient of their norm's weight."""
     batch, heads, n_queries, dim = query.shape
-    n_chunks = (max(n_queries, key.shape[2]) + CHUNK_ROWS - 1) // CHUNK_ROWS
+    n_chunks = cdiv(max(n_queries, key.shape[2]), CHUNK_ROWS)
     return torch.empty(batch, heads + key.shape[1], n_chunks, dim, device=query.device)
 
 

@@ -8,6 +8,7 @@ FP32 input is rounded to BF16 by the caller: Triton 3.6 leaves bytes of a transp
 import triton
 import triton.language as tl
 
+from .launcher import DirectKernel
 from .qk_norm_tile import inverse_rms, normalised
 from .rotary_tile import load_rotated
 from .tile import E4M3_MAX, RESIDUAL_GAIN, contracted_row, mix, to_e4m3
@@ -109,6 +110,7 @@ def quantize_block(
             tl.atomic_add(p_overflow, over.to(tl.int64))
 
 
+@DirectKernel
 @triton.jit
 def quantize_kernel(
     p_q,  # (B, Hq, Lq, D), any strides
@@ -195,6 +197,7 @@ def to_columns(
         store_columns(p_columns, x, i_head, start, n_padded, BLOCK, D, DP)
 
 
+@DirectKernel
 @triton.jit
 def transpose_kernel(
     p_q8,  # (B, Hq, Lq, D)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from . import reference
+from .launcher import DirectKernel
 from .quantize import load_rows, store_columns, store_rows
 from .tile import E4M3_MAX, contracted_row, to_e4m3
 
@@ -38,6 +39,7 @@ def load_folded_gradient(
     return grad.to(tl.float32) * tl.where(total > 0, 1 / total, 0.0)[:, None]
 
 
+@DirectKernel
 @triton.jit
 def gradient_range_kernel(
     p_grad,  # (B, Hq, Lq, D), any strides
@@ -80,6 +82,7 @@ def logit_gradient_factor(norm, v_norm, survival):
     return E4M3_MAX / (256 * tl.maximum(bound, LOGIT_GRADIENT_BOUND_MIN, propagate_nan=tl.PropagateNan.ALL))
 
 
+@DirectKernel
 @triton.jit
 def quantize_gradient_kernel(
     p_grad,  # (B, Hq, Lq, D), any strides

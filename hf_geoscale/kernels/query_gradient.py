@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .forward import HIDDEN, cap_logits, logit_unit, round_logits, softmax_factors
+from .launcher import DirectKernel
 from .tile import (
     RESIDUAL_GAIN,
     contraction_order,
@@ -94,6 +95,7 @@ def query_tile(
     return dq, dq_residual, ds_max
 
 
+@DirectKernel
 @triton.jit
 def query_gradient_kernel(
     d_q,  # descriptors: (B·Hq·Lq, D) E4M3

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .launcher import DirectKernel
 from .qk_norm_tile import inverse_rms, normalised
 
 
@@ -42,6 +43,7 @@ def load_rotated(
     return (x.to(tl.float32) * cos + y.to(tl.float32) * sin).to(dtype)
 
 
+@DirectKernel
 @triton.jit
 def rotate_back_kernel(
     p_x,  # (B, H, L, D), any strides: a gradient, changed in place

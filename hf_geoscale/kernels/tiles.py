@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -21,7 +22,7 @@ class Tile:
     stages: int
     registers: int | None = None  # at most, per thread: fewer let more programs share a multiprocessor
 
-    @property
+    @cached_property
     def launch(self) -> dict[str, int | None]:
         """The tile as keyword arguments of a kernel launch."""
         return {
@@ -67,6 +68,11 @@ DEFAULTS = {
 """By padded head dimension, for GPUs without a row. A guess: small enough for 99 KiB of shared memory (compute capability 8.9)."""
 
 INTERPRETED = Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1))
+
+
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up; `triton.cdiv` can also be called in kernels, and takes 2 µs for it."""
+    return -(-x // y)
 
 
 def padded_head_dim(dim: int) -> int:

@@ -9,8 +9,10 @@ from hf_geoscale import (
     patch_model,
     refresh_scales,
 )
+from hf_geoscale.geometry import layer as layer_geometry
 from hf_geoscale.geometry import operand_bound
 from hf_geoscale.integrations import geoscale_layers
+from hf_geoscale.integrations.sharding import attribute, submodules
 
 from ..conftest import here, tiny_model, tokens
 from ..kernels.fused_cases import DEVICE, NEEDS_KERNELS
@@ -133,3 +135,26 @@ class TestStaleness:
             refresh_scales(tiny_model("llama"))
         with pytest.raises(ValueError, match="patch_model"):
             geometry_report(tiny_model("llama"))
+
+
+def test_walks_find_what_modules_finds():
+    """Each module once, in the same order, shared and missing ones included."""
+    shared = torch.nn.Linear(2, 2)
+    model = torch.nn.Sequential(
+        shared, torch.nn.Sequential(torch.nn.Linear(2, 2), shared), torch.nn.ModuleDict({"a": shared})
+    )
+    model.register_module("none", None)
+    assert submodules([model]) == list(model.modules())
+    assert submodules([shared, model]) == [shared, *(m for m in model.modules() if m is not shared)]
+    assert attribute(model, "0") is shared
+    assert attribute(shared, "in_features") == 2
+    assert attribute(model, "missing") is None
+
+
+def test_autocast_around_a_refresh_changes_no_certificate(monkeypatch):
+    monkeypatch.setattr(layer_geometry, "arithmetic_of", lambda maps: "tensor cores")  # autocast leaves float64 alone
+    model = patch_model(tiny_model("llama"))
+    expected = bounds(model)
+    with torch.autocast(here().type, dtype=torch.bfloat16):
+        refresh_scales(model)
+    assert all(torch.equal(old, new) for old, new in zip(expected, bounds(model), strict=True))

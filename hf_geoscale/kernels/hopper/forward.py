@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from ..launcher import DirectKernel
 from .shared import (
     HIDDEN,
     NOTHING_SEEN,
@@ -117,6 +118,7 @@ def multiply_tiles(
     gl.store(p_row_sum + i_rows, row_sum * (1 / 256), mask=valid)
 
 
+@DirectKernel
 @gluon.jit
 def forward_kernel(
     d_q,  # descriptors: (B·Hq·Lq, D) E4M3

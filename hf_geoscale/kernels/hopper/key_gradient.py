@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from ..launcher import DirectKernel
 from .shared import (
     HIDDEN,
     ROWS,
@@ -177,6 +178,7 @@ def multiply_tiles(
         store_tile(p_dk, dk, batch, kv_head, start_key, n_keys, stride_b, stride_h, stride_l, D, DP)
 
 
+@DirectKernel
 @gluon.jit
 def key_gradient_kernel(
     d_q,  # descriptors: (B·Hq·Lq, D) E4M3

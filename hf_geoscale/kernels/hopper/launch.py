@@ -1,14 +1,15 @@
 """Launches of the Hopper kernels, and their launch shapes."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..launch import Call, query_spans, rotate_back
+from ..launcher import descriptor
+from ..tiles import cdiv
 from .forward import forward_kernel
 from .key_gradient import key_gradient_kernel
 from .query_gradient import query_gradient_kernel
@@ -30,7 +31,7 @@ class Ring:
         """Rows or keys of one program."""
         return ROWS * self.consumers
 
-    @property
+    @cached_property
     def launch(self) -> dict[str, int]:
         """As keyword arguments: the registers are 64 Ki over the program's threads, most of them to the multiplying warpgroups."""
         registers, average = {2: (240, 168), 3: (160, 128)}[self.consumers]
@@ -69,15 +70,18 @@ def _layout(rows: int, columns: int, width: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([rows, columns], {1: gl.float8e4nv, 2: gl.bfloat16}[width])
 
 
+def _describe(x: Tensor, block: list[int]) -> TensorDescriptor:
+    layout = VECTOR if len(block) == 1 else _layout(*block, x.element_size())
+    return TensorDescriptor.from_tensor(x, block, layout)
+
+
 def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """View x as (…, last dimension) for tile loads of (rows, columns); what lies outside reads as zero."""
-    return TensorDescriptor.from_tensor(
-        x.view(-1, x.shape[-1]), [rows, columns], _layout(rows, columns, x.element_size())
-    )
+    return descriptor(x, (rows, columns), _describe)
 
 
 def _vectors(x: Tensor, length: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(x.view(-1), [length], VECTOR)
+    return descriptor(x, (length,), _describe)
 
 
 def _signs(call: Call) -> TensorDescriptor | None:
@@ -99,7 +103,7 @@ def forward(call: Call, q8, k8, residual, v8, out, shift, row_sum, logit_max, ov
     kv_heads, n_keys = k8.shape[1:3]
     dim = call.padded_dim
     ring = TABLE[dim].forward
-    forward_kernel[(triton.cdiv(n_queries, ring.block) * batch * heads,)](
+    forward_kernel[(cdiv(n_queries, ring.block) * batch * heads,)](
         _tiles(q8, ROWS, dim), _tiles(k8, ring.length, dim), _tiles(v8, dim, ring.length), *call.scales, call.key_range, out, shift,
         row_sum, *out.stride()[:3], heads, kv_heads, n_queries, n_keys, call.window, call.softmax_scale, BN=ring.length,
         **_flags(call), **ring.launch,
@@ -114,7 +118,7 @@ def query_gradient(
     kv_heads, n_keys = k8.shape[1:3]
     dim = call.padded_dim
     ring = TABLE[dim].query_gradient
-    query_gradient_kernel[(triton.cdiv(n_queries, ring.block) * batch * heads,)](
+    query_gradient_kernel[(cdiv(n_queries, ring.block) * batch * heads,)](
         _tiles(q8, ROWS, dim), _tiles(k8, ring.length, dim), _tiles(k8_columns, dim, ring.length), _tiles(v8, ring.length, dim),
         _tiles(grad8, ROWS, dim), _signs(call), *call.scales, call.key_range, shift,
         row_factor, row_delta, group, call.cos, call.sin, dq, *dq.stride()[:3], *call.angle_strides, heads, kv_heads, n_queries,
@@ -133,7 +137,7 @@ def key_gradient(
     kv_heads, n_keys = k8.shape[1:3]
     dim = call.padded_dim
     ring = TABLE[dim].key_gradient
-    key_gradient_kernel[(triton.cdiv(n_keys, ring.block) * batch * kv_heads,)](
+    key_gradient_kernel[(cdiv(n_keys, ring.block) * batch * kv_heads,)](
         _tiles(q8, ring.length, dim), _tiles(q8_columns, dim, ring.length), _tiles(k8, ROWS, dim), _tiles(v8, ROWS, dim),
         _tiles(grad8, ring.length, dim), _tiles(grad8_columns, dim, ring.length), _vectors(group_shift, ring.length),
         _vectors(group_delta, ring.length), _signs(call), *call.scales[:2], call.key_range,
