@@ -84,9 +84,9 @@ class GeoScaleConfig:
         precision: "high" keeps k as two FP8 terms (one more QKᵀ product, about 0.6 of the KL divergence, docs/accuracy.md).
         backend: "triton", the fused kernels (NVIDIA GPUs from compute capability 8.9; elsewhere the first forward raises);
             "reference", plain PyTorch on any device; "auto", the first where it can run.
-        fused_front_end: let the attention modules of Llama, Mistral, Qwen2 and Qwen3 hand their projections' raw output to the
-            kernels, which apply RoPE as they quantise, and GPT-2's its undivided c_attn output; False keeps to the attention
-            interface. Needs scaling="geometry", and serves calls without a cache.
+        fused_front_end: let the attention modules of Llama, Mistral, Qwen2, Qwen3 and Qwen3's kin hand their projections' raw
+            output to the kernels, which apply the norms of q and k and RoPE as they quantise, and GPT-2's its undivided c_attn
+            output; False keeps to the attention interface. Needs scaling="geometry", and serves calls without a cache.
         fallback: what to do with a call FP8 attention cannot honour: None raises, "sdpa" runs it there, counted.
         observe_logits: record the largest |logit| per head (costs a pass over the logits), for `alpha_observed`; with "triton"
             also count overflows of the logit gradients, which their bound excludes.

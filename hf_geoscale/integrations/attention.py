@@ -13,7 +13,7 @@ from ..errors import UnsupportedAttentionError, UnsupportedModelError
 from ..kernels import AttentionStatistics, Visibility, fp8_attention
 from ..kernels.attention import kernel_operand
 from ..kernels.hadamard import hadamard
-from ..kernels.rotary import rotate
+from ..kernels.qk_norm import QKNorm, normalise_and_rotate
 from ..scaling import E4M3, QuantScales
 from .layer import GeoScaleLayer
 from .masks import CONTINUATION_ROWS, is_key_range, visibility_of_call
@@ -32,7 +32,9 @@ _NOT_HONOURED = {
 }
 
 
-def _delegate(layer: GeoScaleLayer, reason: str, module: nn.Module, query, key, value, attention_mask, rotary, **call):
+def _delegate(
+    layer: GeoScaleLayer, reason: str, module: nn.Module, query, key, value, attention_mask, qk_norm, rotary, **call
+):
     """Run a call on SDPA, counted under `reason`, and logged once: decoding quietly, anything in training as a warning.
 
     SDPA has no soft cap: calls with one run in plain PyTorch, counted all the same.
@@ -44,8 +46,7 @@ def _delegate(layer: GeoScaleLayer, reason: str, module: nn.Module, query, key, 
         backend = "in plain PyTorch" if capped else "on SDPA"
         logger.log(level, "geoscale: %s runs %s (%s); counted in geometry_report", layer.name, backend, reason)
     layer.delegated[reason] += 1
-    if rotary is not None:
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+    query, key = normalise_and_rotate(query, key, qk_norm, rotary)
     if attention_mask is not None and is_key_range(attention_mask, key.shape[2]):
         seen = Visibility(query.shape[2], key.shape[2], False, None, attention_mask[:, 0])
         attention_mask = seen.dense(key.device)
@@ -161,6 +162,7 @@ def geoscale_attention_forward(
     is_causal: bool | None = None,
     softcap: float | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,  # cos, sin (B or 1, L, R/2)
+    qk_norm: QKNorm | None = None,
     packed: Tensor | None = None,  # (B, L, (Hq + 2·Hkv)·D)
     **kwargs,
 ) -> tuple[Tensor, None]:
@@ -169,8 +171,8 @@ def geoscale_attention_forward(
     Decoding runs on SDPA, counted as "kv_cache": fewer than CONTINUATION_ROWS query rows after a past. More rows run in FP8 where
     the cached keys and values fit the certificates, and on SDPA, counted as "uncertified cache", where they do not. A mask that
     cannot be honoured exactly raises UnsupportedAttentionError, or runs on SDPA, counted, with fallback="sdpa". SDPA has no soft
-    cap: calls with one run in plain PyTorch instead (`softcap_attention_forward`). `rotary` and `packed` come from the forwards of
-    `front_end`: query and key are yet to be rotated; query, key and value are views of one tensor.
+    cap: calls with one run in plain PyTorch instead (`softcap_attention_forward`). `rotary`, `qk_norm` and `packed` come from the
+    forwards of `front_end`: query and key are yet to be normalised and rotated; query, key and value are views of one tensor.
 
     Raises:
         UnsupportedModelError: the module was never patched.
@@ -182,15 +184,15 @@ def geoscale_attention_forward(
     _refuse_options(layer, kwargs, rows != keys)
     scaled = scales_spans(layer, query, key, value)
     if scaled:  # spans are those of rotated operands, and their gradients come one by one
-        if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
-        rotary = packed = None
+        query, key = normalise_and_rotate(query, key, qk_norm, rotary)
+        rotary = qk_norm = packed = None
     sdpa = {
         "dropout": dropout,
         "scaling": scaling,
         "is_causal": is_causal,
         "softcap": softcap,
         "rotary": rotary,
+        "qk_norm": qk_norm,
         **kwargs,
     }
     if _decodes(query, key, attention_mask):
@@ -216,6 +218,7 @@ def geoscale_attention_forward(
         *seen,
         packed=packed,
         rotary=rotary,
+        qk_norm=qk_norm,
         softmax_scale=scaling,
         softcap=softcap,
         causal=visibility.causal,

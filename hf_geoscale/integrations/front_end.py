@@ -1,4 +1,4 @@
-"""Forwards that hand the projections' raw output to FP8 attention, which applies RoPE as it quantises.
+"""Forwards that hand the projections' raw output to FP8 attention, which applies RoPE, and Qwen3's norms, as it quantises.
 
 Transformers' own forwards rotate q and k in about ten elementwise passes over memory, and autograd keeps what they return. These do
 what the originals do, without those passes. `patch_model` gives them to single attention modules; a call that they do not serve
@@ -10,9 +10,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..kernels.checks import SMALLEST_NORMAL
+from ..kernels.qk_norm import QKNorm, rms_norm
 from ..kernels.rotary import rotate
 from .layer import GeoScaleLayer
 
@@ -42,6 +44,34 @@ def _halves(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]
     """cos and sin as the kernels take them, (B or 1, L, R/2): transformers repeats the angles of channels d as those of d + R/2."""
     cos, sin = position_embeddings
     return cos[..., : cos.shape[-1] // 2], sin[..., : sin.shape[-1] // 2]
+
+
+_RMS_NORMS = frozenset(("Qwen3RMSNorm", "Qwen3MoeRMSNorm", "Dots1RMSNorm", "MellumRMSNorm"))
+"""Classes whose forward is `kernels.qk_norm.rms_norm`."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _is_plain_norm(norm: Any) -> bool:
+    """Whether a call of this module runs transformers' own forward of an RMS norm and nothing around it, hook or wrapper."""
+    kind = type(norm)
+    return (
+        kind.__name__ in _RMS_NORMS
+        and kind.__module__.startswith("transformers.")
+        and _origin(kind.forward).startswith("transformers.")
+        and "forward" not in norm.__dict__
+        and not any(getattr(norm, hooks) for hooks in _HOOKS)
+        and type(norm.weight) in (Tensor, nn.Parameter)  # no part of a sharded one
+    )
+
+
+def _qk_norm(attention: Any) -> QKNorm | None:
+    """(weight of q's norm, weight of k's norm, ε), where kernels can take the norms over; None where the modules have to run."""
+    q_norm, k_norm = attention.q_norm, attention.k_norm
+    if not (_is_plain_norm(q_norm) and _is_plain_norm(k_norm)):
+        return None
+    eps = q_norm.variance_epsilon
+    return (q_norm.weight, k_norm.weight, eps) if eps == k_norm.variance_epsilon >= SMALLEST_NORMAL else None
 
 
 class FusedForward:
@@ -85,13 +115,17 @@ class LlamaForward(FusedForward):
         module, mask = self.attention, kwargs.pop("attention_mask", None)
         shape = (*hidden_states.shape[:-1], -1, module.head_dim)
         query, key, value = (proj(hidden_states).view(shape) for proj in (module.q_proj, module.k_proj, module.v_proj))
+        qk_norm = None
         if hasattr(module, "q_norm"):
-            query, key = module.q_norm(query), module.k_norm(key)
+            qk_norm = _qk_norm(module)
+            if qk_norm is None:
+                query, key = module.q_norm(query), module.k_norm(key)
         rotary = _halves(kwargs.pop("position_embeddings"))
         if past is not None:
-            past.update(rotate(key.transpose(1, 2), *rotary), value.transpose(1, 2), module.layer_idx)
+            keys = key if qk_norm is None else rms_norm(key, *qk_norm[1:]).to(key.dtype)
+            past.update(rotate(keys.transpose(1, 2), *rotary), value.transpose(1, 2), module.layer_idx)
         kwargs["dropout"] = module.attention_dropout if module.training else 0.0
-        kwargs |= {"scaling": module.scaling, "sliding_window": self.window(), "rotary": rotary}
+        kwargs |= {"scaling": module.scaling, "sliding_window": self.window(), "rotary": rotary, "qk_norm": qk_norm}
         return module.o_proj(_attend(module, (query, key, value), mask, **kwargs))
 
 
@@ -103,7 +137,7 @@ class MistralForward(LlamaForward):
 
 
 class QwenForward(LlamaForward):
-    """Of Qwen2Attention and Qwen3Attention."""
+    """Of Qwen2Attention and Qwen3Attention, and of classes with the latter's code under other names."""
 
     def window(self) -> int | None:
         return self.attention.sliding_window
@@ -132,6 +166,9 @@ FORWARDS: dict[str, type[FusedForward]] = {
     "MistralAttention": MistralForward,
     "Qwen2Attention": QwenForward,
     "Qwen3Attention": QwenForward,
+    "Qwen3MoeAttention": QwenForward,
+    "Dots1Attention": QwenForward,
+    "MellumAttention": QwenForward,
     "GPT2Attention": GPT2Forward,
 }
 """By the name of the attention class in transformers."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..scaling.formats import E4M3
 from . import reference
 from .backend import TRITON_INSTALLED, resolve_backend
-from .checks import check_operands, check_packed, check_rotary
-from .rotary import rotate
+from .checks import check_operands, check_packed, check_qk_norm, check_rotary
+from .qk_norm import QKNorm, normalise_and_rotate
 from .statistics import AttentionStatistics
 from .visibility import Visibility
 
@@ -66,22 +66,20 @@ class _ReferenceAttention(torch.autograd.Function):
 
 
 def _reference(
-    query, key, value, packed, scales, rotary, interleaved, visibility, softmax_scale, softcap, incoherent, precision, dropout_p,
-    dropout_seed, statistics, return_lse,
+    query, key, value, packed, scales, rotary, interleaved, qk_norm, visibility, softmax_scale, softcap, incoherent, precision,
+    dropout_p, dropout_seed, statistics, return_lse,
 ):  # fmt: skip
     if dropout_p and dropout_seed is None:
         dropout_seed = torch.randint(2**63 - 1, (), device="cpu")
     options = reference.Options(softmax_scale, incoherent, dropout_p, int(dropout_seed or 0), softcap)
     statistics = statistics or AttentionStatistics()
-    if rotary is not None:
-        cos, sin = rotary
-        query, key = rotate(query, cos, sin, interleaved), rotate(key, cos, sin, interleaved)
+    query, key = normalise_and_rotate(query, key, qk_norm, rotary, interleaved)
     return _ReferenceAttention.apply(query, key, value, *scales, visibility, options, precision, statistics)
 
 
 def _fused(
-    query, key, value, packed, scales, rotary, interleaved, visibility, softmax_scale, softcap, incoherent, precision, dropout_p,
-    dropout_seed, statistics, return_lse,
+    query, key, value, packed, scales, rotary, interleaved, qk_norm, visibility, softmax_scale, softcap, incoherent, precision,
+    dropout_p, dropout_seed, statistics, return_lse,
 ):  # fmt: skip
     device = query.device
     if not dropout_p:
@@ -103,13 +101,14 @@ def _fused(
         cos, sin = rotary
         if cos.stride(-1) != 1 or cos.stride() != sin.stride():
             cos, sin = cos.contiguous(), sin.contiguous()
+    norm = () if qk_norm is None else (qk_norm[0].contiguous(), qk_norm[1].contiguous(), qk_norm[2])
     forward: Callable = fused.attention_forward
     if packed is not None:
         operands, forward = [x.detach() for x in operands], partial(fused.PackedAttention.apply, packed)
     out, shift, row_sum, *_, amax, overflow, logit_max = forward(
         *operands, *scales[:3], key_range, dropout_seed, statistics.gradient_counter(device) if observe else None, scales[3],
         cos, sin, interleaved, softmax_scale, softcap or 0.0, visibility.causal, visibility.window or 0, dropout_p, incoherent,
-        precision == "high", statistics is not None, observe,
+        precision == "high", statistics is not None, observe, *norm,
     )  # fmt: skip
     if statistics is not None:
         heads, kv_heads = query.shape[1], key.shape[1]
@@ -140,6 +139,7 @@ def fp8_attention(
     packed: Tensor | None = None,  # (B, L, (Hq + 2·Hkv)·D)
     rotary: tuple[Tensor, Tensor] | None = None,  # (B or 1, L, R/2) each
     rotary_interleaved: bool = False,
+    qk_norm: QKNorm | None = None,  # (D,), (D,), epsilon
     softmax_scale: float | None = None,
     softcap: float | None = None,
     causal: bool = True,
@@ -160,7 +160,7 @@ def fp8_attention(
         query, key, value: float32, bfloat16 or float16, any strides. Hq is a multiple of Hkv. "triton" rounds float32 to
             bfloat16 first.
         q_quant_scale, k_quant_scale, v_quant_scale: float32 factors real → FP8 per head. 448/quant_scale must bound the
-            entries: of v as given, of q and k after RoPE and the Hadamard mix (their 2-norm does). Any strides; no gradient
+            entries: of v as given, of q and k after norm, RoPE and the Hadamard mix (their 2-norm does). Any strides; no gradient
             reaches them.
         packed: the tensor that query, key and value are consecutive views of, as one fused projection gives it. "triton" then
             gives it one gradient, without the concatenation that undoes a split; None, the default, gives one to each.
@@ -168,6 +168,9 @@ def fp8_attention(
             the kernels turn q and k as they load them, and their gradients back, in float32. Needs Lq = Lk; without gradient.
             None, the default: RoPE was applied, or there is none.
         rotary_interleaved: pairs are channels (2d, 2d + 1), as in GPT-J; by default (d, d + R/2), as in Llama.
+        qk_norm: (weight of q, weight of k, ε) of RMS norms over D that query and key have not had yet and get before RoPE, as
+            `kernels.qk_norm.rms_norm`; the weights get gradients, and "triton" keeps query and key as given for the backward
+            (float32 as bfloat16). None, the default: they were normalised, or there is no norm.
         softmax_scale: factor on q·k; default D^-½.
         softcap: logits S = q·k·softmax_scale become softcap·tanh(S/softcap) before the mask (Gemma 2), from 2⁻²⁰ to 2²⁰; None, the
             default, leaves them alone.
@@ -190,9 +193,9 @@ def fp8_attention(
         (B, Hq, Lq, D) in query's dtype, or that and the log-sum-exp; first derivatives only.
     Raises:
         RuntimeError: backend="triton" where it cannot run.
-        ValueError: a shape, head dimension, device, window, soft cap, probability or precision that is not as stated, or an empty
-            batch or sequence.
-        TypeError: an operand, cos or sin that is not floating point, or a key_range that holds no integers.
+        ValueError: a shape, head dimension, device, window, soft cap, epsilon, probability or precision that is not as stated, or
+            an empty batch or sequence.
+        TypeError: an operand, a norm's weight, cos or sin that is not floating point, or a key_range that holds no integers.
     """
     check_operands(query, key, value)
     heads, kv_heads = query.shape[1], key.shape[1]
@@ -207,6 +210,8 @@ def fp8_attention(
         check_packed(packed, query, key, value)
     if rotary is not None:
         check_rotary(rotary, query, key)
+    if qk_norm is not None:
+        check_qk_norm(qk_norm, query)
     if window is not None and (not causal or window < 1):
         raise ValueError(f"window must be at least 1 and needs causal=True, got window={window}, causal={causal}")
     if key_range is not None and key_range.shape != (query.shape[0], query.shape[2], 2):
@@ -229,7 +234,7 @@ def fp8_attention(
     scales = (q_quant_scale, k_quant_scale, v_quant_scale, logit_quant_scale)
     attend = _fused if resolve_backend(backend, query.device) == "triton" else _reference
     out, lse = attend(
-        query, key, value, packed, scales, rotary, rotary_interleaved, visibility, softmax_scale, softcap, incoherent, precision,
-        dropout_p, dropout_seed, statistics, return_lse,
+        query, key, value, packed, scales, rotary, rotary_interleaved, qk_norm, visibility, softmax_scale, softcap, incoherent,
+        precision, dropout_p, dropout_seed, statistics, return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out

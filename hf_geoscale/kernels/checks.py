@@ -6,12 +6,15 @@ from torch import Tensor
 HEAD_DIM_STEP, HEAD_DIM_MAX = 16, 256
 """Head dimensions are multiples of 16 up to 256: what FP8 matrix units contract over, and what the kernels tile."""
 
+OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
 
 def check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, length, head_dim), got shape {tuple(x.shape)}")
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if x.dtype not in OPERAND_DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
         if x.device != query.device:
             raise ValueError(f"{name} is on {x.device}, query on {query.device}; they must share one device")
@@ -49,6 +52,24 @@ def check_rotary(rotary: tuple[Tensor, Tensor], query: Tensor, key: Tensor) -> N
         )
     if not cos.is_floating_point() or not sin.is_floating_point():
         raise TypeError(f"rotary's cos and sin must be floating point, got {cos.dtype} and {sin.dtype}")
+
+
+def check_qk_norm(qk_norm: tuple[Tensor, Tensor, float], query: Tensor) -> None:
+    *weights, eps = qk_norm
+    dim = query.shape[3]
+    for name, weight in zip("qk", weights, strict=True):
+        if weight.shape != (dim,):
+            raise ValueError(f"qk_norm's weight of {name} must be of shape ({dim},), got {tuple(weight.shape)}")
+        if weight.device != query.device:
+            raise ValueError(
+                f"qk_norm's weight of {name} is on {weight.device}, query on {query.device}; they must share one device"
+            )
+        if weight.dtype not in OPERAND_DTYPES:
+            raise TypeError(f"qk_norm's weight of {name} must be float32, bfloat16 or float16, got {weight.dtype}")
+    if not SMALLEST_NORMAL <= eps < float("inf"):
+        raise ValueError(
+            f"qk_norm's epsilon must be positive and normal in float32 ({SMALLEST_NORMAL:.1e} on), got {eps}"
+        )
 
 
 def check_packed(packed: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -3,6 +3,7 @@
 import math
 from functools import wraps
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +11,23 @@ from torch import Tensor
 from . import passes
 from .reference import PROBABILITY_QUANT_SCALE
 
+NO_NORM: tuple = (None, None, 0.0)
+"""Defaults of the last inputs, the norms' weights and epsilon: the dispatcher does not pass on what equals its default."""
 INPUTS = len(signature(passes.forward).parameters)
+BEFORE_NORM = INPUTS - len(NO_NORM)
 
 
 def _remember(ctx, output: tuple[Tensor, ...], inputs: tuple) -> None:
-    """Keep what the backward reads: FP8 operands, O and its row statistics, and what is no tensor of this call's size."""
+    """Keep what the backward reads: FP8 operands, O and its row statistics, and what is no tensor of this call's size.
+
+    Where query and key are normalised, also these two as they came: views of what their projections gave.
+    """
+    inputs, norm = inputs[:BEFORE_NORM], inputs[BEFORE_NORM:]
     *operands, interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent, _, _, _ = inputs
     query, key, value, *constants = operands
-    ctx.save_for_backward(*output[:8], *constants)
+    q_norm, k_norm, ctx.norm_eps = norm + NO_NORM[len(norm) :]
+    normalised = (None, None) if q_norm is None else (query, key)
+    ctx.save_for_backward(*output[:8], *constants, *normalised, q_norm, k_norm)
     ctx.options = interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent
     ctx.dtypes = [query.dtype, key.dtype, value.dtype]
     ctx.mark_non_differentiable(*output[1:])
@@ -27,6 +37,23 @@ def _remember(ctx, output: tuple[Tensor, ...], inputs: tuple) -> None:
 def _refuse_second_derivatives() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError("fp8_attention has first derivatives only; its backward was called with create_graph=True")
+
+
+def _backward(ctx, grad_out: Tensor, packed: bool, *dtypes: torch.dtype) -> list[Any]:
+    """Gradients of all inputs; those of the operands are as `passes.backward` gives them."""
+    _refuse_second_derivatives()
+    *saved, query, key, q_norm, k_norm = ctx.saved_tensors
+    norm = (query, key, q_norm, k_norm, ctx.norm_eps)
+    *grads, partial = attention_backward(grad_out, *saved, *ctx.options, packed, *dtypes, *norm)
+    norm_grads: list[Tensor | None] = [None, None]
+    if q_norm is not None:
+        by_operand = partial.split((query.shape[1], key.shape[1]), dim=1)
+        needed = ctx.needs_input_grad[BEFORE_NORM + packed :][:2]
+        norm_grads = [
+            x.sum((0, 1, 2)).to(weight.dtype) if wanted else None
+            for x, weight, wanted in zip(by_operand, (q_norm, k_norm), needed, strict=True)
+        ]
+    return [*grads, *[None] * (BEFORE_NORM - 3), *norm_grads, None]
 
 
 class _Attention(torch.autograd.Function):
@@ -43,9 +70,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_out, *_):
         if grad_out is None:
             return (None,) * INPUTS
-        _refuse_second_derivatives()
-        grads = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, False, *ctx.dtypes)
-        return (*grads, *[None] * (INPUTS - 3))
+        return tuple(_backward(ctx, grad_out, False, *ctx.dtypes))
 
 
 class PackedAttention(torch.autograd.Function):
@@ -63,10 +88,9 @@ class PackedAttention(torch.autograd.Function):
     def backward(ctx, grad_out, *_):
         if grad_out is None:
             return (None,) * (INPUTS + 1)
-        _refuse_second_derivatives()
         shape, dtype = ctx.packed
-        grad, _, _ = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, True, dtype, dtype, dtype)
-        return (grad.view(shape), *[None] * INPUTS)
+        grad, _, _, *others = _backward(ctx, grad_out, True, dtype, dtype, dtype)
+        return grad.view(shape), None, None, None, *others
 
 
 def _on_device_of_operands(run):

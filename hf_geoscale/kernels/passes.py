@@ -6,6 +6,7 @@ from torch import Tensor
 from . import hopper, launch
 from .hadamard import SIGNS_MAX, hadamard_block, hadamard_signs
 from .launch import Call
+from .qk_norm_tile import empty_norm_gradient, norm_gradient
 from .quantize import quantize_kernel, transpose_kernel
 from .quantize_gradient import gradient_range_kernel, quantize_gradient_kernel
 from .reference import GRADIENT_ROWS
@@ -69,6 +70,9 @@ def forward(
     high: bool,
     count: bool,
     observe: bool,
+    q_norm: Tensor | None = None,  # (D,), contiguous: RMS norms of query and key
+    k_norm: Tensor | None = None,
+    norm_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """FP8 attention by the fused kernels.
 
@@ -97,9 +101,10 @@ def forward(
     logit_max = torch.zeros(heads, device=device) if observe else torch.empty(0, device=device)
     grid = (batch * (heads + 2 * kv_heads), cdiv(max(n_queries, padded), QUANTIZE_ROWS))
     quantize_kernel[grid](
-        query, key, value, *call.scales, call.signs, q8, k8, residual, v8, v_norm, amax, overflow, cos, sin, *query.stride(),
-        *key.stride(), *value.stride(), *call.angle_strides, batch, heads, kv_heads, n_queries, n_keys, padded, D=dim,
-        DP=call.padded_dim, TURNED=call.turned, INTERLEAVED=interleaved, MIX=call.mix, HIGH=high, COUNT=count, BLOCK=QUANTIZE_ROWS,
+        query, key, value, *call.scales, call.signs, q8, k8, residual, v8, v_norm, amax, overflow, cos, sin, q_norm, k_norm,
+        *query.stride(), *key.stride(), *value.stride(), *call.angle_strides, norm_eps, batch, heads, kv_heads, n_queries, n_keys,
+        padded, D=dim, DP=call.padded_dim, TURNED=call.turned, INTERLEAVED=interleaved, NORM=q_norm is not None, MIX=call.mix,
+        HIGH=high, COUNT=count, BLOCK=QUANTIZE_ROWS,
     )  # fmt: skip
 
     out = _like_heads_inside(query, query.dtype)
@@ -113,6 +118,7 @@ def forward(
 def fake_forward(
     query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed, gradient_overflow,
     logit_quant_scale, cos, sin, interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent, high, count, observe,
+    q_norm=None, k_norm=None, norm_eps=0.0,
 ):  # fmt: skip
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
@@ -164,10 +170,16 @@ def backward(
     q_dtype: torch.dtype,
     k_dtype: torch.dtype,
     v_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor | None = None,  # (B, Hq, Lq, D), with q_norm: what it normalised
+    key: Tensor | None = None,  # (B, Hkv, Lk, D)
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dQ (B, Hq, Lq, D), dK and dV (B, Hkv, Lk, D), with respect to the unquantised, unmixed operands. Deterministic.
 
-    `packed`: instead one tensor (B, L, Hq + 2·Hkv, D) of all three in q_dtype, and two empty ones.
+    `packed`: instead one tensor (B, L, Hq + 2·Hkv, D) of all three in q_dtype, and two empty ones. Last comes what gives the
+    gradients of q_norm and k_norm when summed over all but heads and channels (`empty_norm_gradient`); empty without them.
     """
     batch, heads, n_queries, dim = q8.shape
     kv_heads, n_keys = k8.shape[1:3]
@@ -218,15 +230,20 @@ def backward(
     kernels.key_gradient(
         call, q8, q8_columns, k8, residual, v8_rows, grad8, grad8_columns, group_shift, group_delta, group, dk, dv
     )
-    return (together, together.new_empty(0), together.new_empty(0)) if packed else (dq, dk, dv)
+    if query is None or key is None or q_norm is None or k_norm is None:
+        partial = group.new_empty(0)
+    else:
+        partial = norm_gradient(query, key, q_norm, k_norm, norm_eps, dq, dk)
+    return (together, together.new_empty(0), together.new_empty(0), partial) if packed else (dq, dk, dv, partial)
 
 
 def fake_backward(
     grad_out, out, shift, row_sum, q8, k8, residual, v8, v_norm, q_quant_scale, k_quant_scale, v_quant_scale, key_range,
     dropout_seed, gradient_overflow, logit_quant_scale, cos, sin, interleaved, softmax_scale, softcap, causal, window, dropout_p,
-    incoherent, packed, q_dtype, k_dtype, v_dtype,
+    incoherent, packed, q_dtype, k_dtype, v_dtype, query=None, key=None, q_norm=None, k_norm=None, norm_eps=0.0,
 ):  # fmt: skip
+    partial = shift.new_empty(0) if query is None or key is None else empty_norm_gradient(query, key)
     if packed:
         together = _packed_like(q8, k8, q_dtype)
-        return together, together.new_empty(0), together.new_empty(0)
-    return _like_heads_inside(q8, q_dtype), _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
+        return together, together.new_empty(0), together.new_empty(0), partial
+    return _like_heads_inside(q8, q_dtype), _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype), partial

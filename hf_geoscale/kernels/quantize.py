@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .launcher import DirectKernel
+from .qk_norm_tile import inverse_rms, normalised
 from .rotary_tile import load_rotated
 from .tile import E4M3_MAX, RESIDUAL_GAIN, contracted_row, mix, to_e4m3
 
@@ -52,12 +53,14 @@ def quantize_block(
     p_overflow,
     p_cos,
     p_sin,
+    p_weight,
     stride_b,
     stride_h,
     stride_l,
     stride_d,
     cos_b,
     cos_l,
+    norm_eps,
     i_head,
     n_heads,
     n_rows,
@@ -66,23 +69,26 @@ def quantize_block(
     DP: tl.constexpr,
     TURNED: tl.constexpr,  # channels that RoPE turns; 0: none
     INTERLEAVED: tl.constexpr,
+    NORM: tl.constexpr,  # rows get their RMS norm first
     MIX: tl.constexpr,
     COLUMNS: tl.constexpr,  # write columns and the largest row norm; otherwise rows
     RESIDUAL: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Quantise BLOCK rows of one head: x·quant_scale, after RoPE and the Hadamard mix of width MIX if not 0."""
+    """Quantise BLOCK rows of one head: x·quant_scale, after the norm, RoPE and the Hadamard mix of width MIX if not 0."""
     batch, head = i_head // n_heads, i_head % n_heads
     start = tl.program_id(1) * BLOCK
     rows = contracted_row(start + tl.arange(0, BLOCK))
     if TURNED:
         x = load_rotated(
             p_x, p_cos, p_sin, batch, head, rows, n_rows, stride_b, stride_h, stride_l, stride_d, cos_b, cos_l, D, DP, TURNED,
-            INTERLEAVED, False,
+            INTERLEAVED, False, p_weight, norm_eps, NORM,
         )  # fmt: skip
     else:
         x = load_rows(p_x, batch, head, rows, n_rows, stride_b, stride_h, stride_l, stride_d, D, DP)
+        if NORM:
+            x = normalised(x, inverse_rms(x, norm_eps, D), p_weight, tl.arange(0, DP), D).to(x.dtype)
     if MIX:
         x = mix(x, p_hadamard, BLOCK, DP, MIX)
     x = x.to(tl.float32) * tl.load(p_quant_scale + head)
@@ -123,6 +129,8 @@ def quantize_kernel(
     p_overflow,  # (4,) int64: of q, k, v, and room for the logits'
     p_cos,  # (B or 1, L, R/2), with TURNED
     p_sin,
+    p_q_norm,  # (D,), with NORM
+    p_k_norm,
     q_b,
     q_h,
     q_l,
@@ -137,6 +145,7 @@ def quantize_kernel(
     v_d,
     cos_b,
     cos_l,
+    norm_eps,
     n_batches,
     n_heads,
     n_kv_heads,
@@ -147,6 +156,7 @@ def quantize_kernel(
     DP: tl.constexpr,
     TURNED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    NORM: tl.constexpr,
     MIX: tl.constexpr,
     HIGH: tl.constexpr,
     COUNT: tl.constexpr,
@@ -157,20 +167,21 @@ def quantize_kernel(
     n_q, n_kv = n_batches * n_heads, n_batches * n_kv_heads
     if i_head < n_q:
         quantize_block(
-            p_q, p_q_quant_scale, p_hadamard, p_q8, None, None, None, p_amax, p_overflow, p_cos, p_sin, q_b, q_h, q_l, q_d,
-            cos_b, cos_l, i_head, n_heads, n_queries, n_queries, D, DP, TURNED, INTERLEAVED, MIX, False, False, COUNT, BLOCK,
+            p_q, p_q_quant_scale, p_hadamard, p_q8, None, None, None, p_amax, p_overflow, p_cos, p_sin, p_q_norm, q_b, q_h,
+            q_l, q_d, cos_b, cos_l, norm_eps, i_head, n_heads, n_queries, n_queries, D, DP, TURNED, INTERLEAVED, NORM, MIX, False,
+            False, COUNT, BLOCK,
         )  # fmt: skip
     elif i_head < n_q + n_kv:
         quantize_block(
-            p_k, p_k_quant_scale, p_hadamard, p_k8, None, p_residual, None, p_amax + n_heads, p_overflow + 1, p_cos, p_sin, k_b,
-            k_h, k_l, k_d, cos_b, cos_l, i_head - n_q, n_kv_heads, n_keys, n_keys, D, DP, TURNED, INTERLEAVED, MIX, False, HIGH,
-            COUNT, BLOCK,
+            p_k, p_k_quant_scale, p_hadamard, p_k8, None, p_residual, None, p_amax + n_heads, p_overflow + 1, p_cos, p_sin,
+            p_k_norm, k_b, k_h, k_l, k_d, cos_b, cos_l, norm_eps, i_head - n_q, n_kv_heads, n_keys, n_keys, D, DP, TURNED,
+            INTERLEAVED, NORM, MIX, False, HIGH, COUNT, BLOCK,
         )  # fmt: skip
     else:
         quantize_block(
             p_v, p_v_quant_scale, None, None, p_v8, None, p_v_norm, p_amax + n_heads + n_kv_heads, p_overflow + 2, None, None,
-            v_b, v_h, v_l, v_d, 0, 0, i_head - n_q - n_kv, n_kv_heads, n_keys, n_padded, D, DP, 0, False, 0, True, False, COUNT,
-            BLOCK,
+            None, v_b, v_h, v_l, v_d, 0, 0, 0.0, i_head - n_q - n_kv, n_kv_heads, n_keys, n_padded, D, DP, 0, False, False, 0, True,
+            False, COUNT, BLOCK,
         )  # fmt: skip
 
 

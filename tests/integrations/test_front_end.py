@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from hf_geoscale import geometry_report, patch_model, unpatch_model
 from hf_geoscale.integrations import geoscale_layers
@@ -32,6 +33,11 @@ def step(model, ids: torch.Tensor, **inputs) -> tuple[torch.Tensor, torch.Tensor
 
 def attention_of(model):
     return geoscale_layers(model)[0].site.attention
+
+
+def norms_of(model) -> list[Qwen3RMSNorm]:
+    """Norms of q and k, layer by layer."""
+    return [m for name, m in model.named_modules() if name.endswith((".q_norm", ".k_norm"))]
 
 
 @pytest.mark.feature("fused front end")
@@ -66,7 +72,7 @@ class TestAgainstTheInterface:
         seen = mask.bool()
         assert relative(fused[seen], plain[seen]) < FLIPPED_ROUNDINGS
 
-    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
     def test_calls_that_go_to_sdpa_are_rotated_first(self, family):
         model, ids = tiny_model(family), tokens(1, 40)
         holes = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
@@ -245,40 +251,53 @@ class Operations(TorchDispatchMode):
         return result
 
 
+LENGTH = 32
+
+
+@functools.cache
+def run_between(family: str, norm_dtype: torch.dtype | None) -> tuple[list[str], list[torch.Tensor]]:
+    """What wrote large tensors, forward and backward of one bfloat16 attention; and what autograd kept."""
+    model = tiny_model(family).bfloat16().train()
+    if norm_dtype is not None:
+        for norm in norms_of(model):
+            norm.to(norm_dtype)
+    patch_model(model, backend="triton")
+    if reason := triton_missing(model.device):
+        pytest.skip(reason)
+    attention = attention_of(model)
+    for module in attention.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    hidden = torch.randn(1, LENGTH, 64, dtype=torch.bfloat16).requires_grad_()
+    arguments = {"attention_mask": None}
+    if family != "gpt2":
+        arguments["position_embeddings"] = model.model.rotary_emb(hidden, torch.arange(LENGTH)[None])
+    attention(hidden, **arguments)  # measures the weights
+    kept: list[torch.Tensor] = []
+    keys = LENGTH * 2 * 16
+    with (
+        Operations(keys) as operations,
+        torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
+    ):
+        out, _ = attention(hidden, **arguments)
+        grad = torch.ones_like(out)
+        out.backward(grad)
+    return operations.names, kept
+
+
 @pytest.mark.usefixtures("hardware_rounding")
 class TestNothingStandsBetween:
     """Between projections and kernels, forward and backward, no pass over memory is left."""
 
-    LENGTH = 32
-
-    def run(self, family: str) -> tuple[list[str], list[torch.Tensor]]:
-        """What wrote large tensors, forward and backward of one bfloat16 attention; and what autograd kept."""
-        model = patch_model(tiny_model(family).bfloat16().train(), backend="triton")
-        if reason := triton_missing(model.device):
-            pytest.skip(reason)
-        attention = attention_of(model)
-        for module in attention.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        hidden = torch.randn(1, self.LENGTH, 64, dtype=torch.bfloat16).requires_grad_()
-        arguments = {"attention_mask": None}
-        if family != "gpt2":
-            arguments["position_embeddings"] = model.model.rotary_emb(hidden, torch.arange(self.LENGTH)[None])
-        attention(hidden, **arguments)  # measures the weights
-        kept: list[torch.Tensor] = []
-        keys = self.LENGTH * 2 * 16
-        with (
-            Operations(keys) as operations,
-            torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
-        ):
-            out, _ = attention(hidden, **arguments)
-            grad = torch.ones_like(out)
-            out.backward(grad)
-        return operations.names, kept
-
-    @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gpt2"])
-    def test_no_elementwise_operation(self, family):
-        names, _ = self.run(family)
+    @pytest.mark.parametrize(
+        ("family", "norm_dtype"),
+        [
+            *((family, None) for family in ("llama", "mistral", "qwen2", "qwen3", "gpt2")),
+            pytest.param("qwen3", torch.float32, marks=pytest.mark.gpu),
+        ],
+    )
+    def test_no_elementwise_operation(self, family, norm_dtype):
+        names, _ = run_between(family, norm_dtype)
         products = {"mm", "addmm", "fp8_attention", "fp8_attention_backward"}
         # the gradient of hidden is a sum over the projections; parameters may get theirs by a copy
         others = [name for name in names if name not in products]
@@ -287,6 +306,13 @@ class TestNothingStandsBetween:
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     def test_the_backward_keeps_no_rotated_operand(self, family):
         """FP8 operands, O in BF16, and what the projections keep anyway: hidden states, weights and (o_proj's input) O."""
-        _, kept = self.run(family)
-        operands = [x for x in kept if x.dim() == 4 and x.numel() >= self.LENGTH * 2 * 16]
+        _, kept = run_between(family, None)
+        operands = [x for x in kept if x.dim() == 4 and x.numel() >= LENGTH * 2 * 16]
         assert sorted(str(x.dtype) for x in operands) == ["torch.bfloat16"] + 3 * ["torch.float8_e4m3fn"]
+
+    def test_norms_add_what_the_projections_gave_for_q_and_k(self):
+        """In BF16, uncopied; no float32 and nothing that was normalised."""
+        _, kept = run_between("qwen3", None)
+        large = [x for x in kept if x.dim() == 4 and x.numel() >= LENGTH * 2 * 32]
+        assert sorted(str(x.dtype) for x in large) == 3 * ["torch.bfloat16"] + 3 * ["torch.float8_e4m3fn"]
+        assert not [x for x in kept if x.dtype == torch.float32 and x.numel() >= LENGTH * 2 * 32]

@@ -165,9 +165,9 @@ class TestFrontEnd:
         assert geometry_report(model).rows[0]["front_end"] == "fused"
         assert torch.equal(train_step(model, ids), train_step(patch_model(model), ids))
 
-    @pytest.mark.parametrize("family", ["gpt2", "llama"])
+    @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
     def test_a_fused_forward_that_somebody_wrapped(self, family, monkeypatch):
-        """It outlives patching anew; its calls are rotated and divided before their spans are taken."""
+        """It outlives patching anew; its calls are normalised, rotated and divided before their spans are taken."""
         model, ids = tiny_model(family), tokens(2, 40)
         exact = train_step(patch_model(model, span_scaling=SCALING), ids)
         plain = train_step(patch_model(model), ids)
@@ -178,12 +178,12 @@ class TestFrontEnd:
         seen = []
 
         def spy(*operands, **options):
-            seen.append((options["rotary"], options["packed"]))
+            seen.append((options["rotary"], options["qk_norm"], options["packed"]))
             return fp8_attention(*operands, **options)
 
         monkeypatch.setattr("hf_geoscale.integrations.attention.fp8_attention", spy)
         assert relative(train_step(model, ids), exact) < GRADIENT_ERROR < relative(plain, exact)
-        assert seen == [(None, None)] * 2  # fused kernels send the gradient of a packed tensor past its views
+        assert seen == [(None, None, None)] * 2  # fused kernels send the gradient of a packed tensor past its views
 
 
 class TestSequences:
