@@ -119,7 +119,7 @@ def test_float32_weights_over_bfloat16(autocast):
         model.bfloat16()
         for norm in norms_of(model):
             norm.float()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
         logits, grads = step(model, ids)
     assert relative(logits, interface) < FUSED_ERROR
     assert all(norm.weight.grad.dtype == torch.float32 and norm.weight.grad.any() for norm in norms_of(model))
