@@ -72,6 +72,7 @@ def test_fsdp1(flat):
         model(tokens(1, 8))
 
 
+@pytest.mark.feature("DataParallel", refused=True)
 @pytest.mark.parametrize("fused_front_end", [False, True])
 def test_data_parallel(fused_front_end, monkeypatch):
     """`replicate` is what nn.DataParallel runs before a forward on several GPUs; here both replicas are on the CPU."""
