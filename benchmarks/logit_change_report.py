@@ -208,7 +208,10 @@ def plot(host: dict, records: list[dict], path: Path) -> None:
             last = [[run["probes"][-1][1] if _finished(run) else limit for run in runs] for runs in sweep.values()]
             means = [fmean(min(x, limit) if math.isfinite(x) else limit for x in losses) for losses in last]
             axis.plot(list(sweep), means, marker="o", markersize=3, label=control)
+        rates = sorted({rate for name, sweep in found.items() if name[:2] == panel for rate in sweep})
         axis.set(title=", ".join(panel), xscale="log", xlabel="learning rate")
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axis.minorticks_off()
     axes[0][0].set_ylabel("held-out loss at the end, nats a byte")
     axes[0][0].legend(fontsize=6)
     figure.tight_layout()
