@@ -73,7 +73,8 @@ class Ours:
     def whole_backward(self) -> tuple[Tensor, ...]:
         dtypes = dict.fromkeys(("q_dtype", "k_dtype", "v_dtype"), torch.bfloat16)
         saved = self.saved[:8]
-        return fused.attention_backward(self.grad, *saved, *self.scales, **self.options, packed=False, **dtypes)
+        *grads, _ = fused.attention_backward(self.grad, *saved, *self.scales, **self.options, packed=False, **dtypes)
+        return tuple(grads)
 
     def whole_both(self) -> tuple[Tensor, ...]:
         return self.whole_forward(), *self.whole_backward()
