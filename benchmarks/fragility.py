@@ -9,7 +9,6 @@ For one H100 80 GB; on a CPU only `--quick` is of use, a smoke test of a minute 
 """
 
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from fragility_tables import plot, to_markdown
 from fragility_training import callback_cost, planted, series, small_gpt2, train
 from fragility_warnings import TUNING_SEEDS
 from host import environment
+from records import append, read
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -230,8 +230,8 @@ def measure(parts: Parts, host: dict, path: Path, seconds: float) -> bool:
     started, commit = time.perf_counter(), environment()["commit"]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(host) + "\n")
-    first, *records = map(json.loads, path.read_text().splitlines())
+        append(path, [host])
+    first, *records = read(path)
     if first != host:
         raise ValueError(f"{path} holds records of {first}, not of {host}; give another --output, or remove it")
     for name in missing(parts, records):
@@ -241,8 +241,7 @@ def measure(parts: Parts, host: dict, path: Path, seconds: float) -> bool:
         begun = time.perf_counter()
         found = part()
         mark = {"kind": "part", "part": name, "seconds": time.perf_counter() - begun, "commit": commit}
-        with path.open("a") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in (*found, mark)))
+        append(path, (*found, mark))
         print(f"{name}: {mark['seconds']:.0f} s", file=sys.stderr, flush=True)
     return True
 
@@ -274,14 +273,14 @@ def main() -> None:
             return
         if arguments.workers > 1:
             measure({}, host, path, 0.0)  # makes the file, or finds that it is of another command
-            _, *records = map(json.loads, path.read_text().splitlines())
+            _, *records = read(path)
             untimed = [name for name in missing(parts, records) if name not in TIMED]
             side_by_side(arguments.workers, untimed, arguments.seconds - (time.perf_counter() - started))
         left = arguments.seconds - (time.perf_counter() - started)
         if not measure(parts, host, path, left):
             print(f"time is up; call again for the rest of {path}", file=sys.stderr)
             return
-    host, *records = map(json.loads, path.read_text().splitlines())
+    host, *records = read(path)
     arguments.output.write_text(to_markdown(host, records))
     plot(records, arguments.output.with_suffix(".png"))
 

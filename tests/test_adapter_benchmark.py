@@ -70,7 +70,7 @@ def test_the_table(benchmark, monkeypatch, tmp_path, method):
     assert all(abs(loss - own[0]) < 0.05 * own[0] for loss in own + under_sdpa)
     assert [row[-1] for row in rows] == ["–", "0", "0"] * 2
     assert f"- {method}, FP8 − BF16: held-out gap" in text
-    assert "over 2 seeds" in text
+    assert "over 2 paired seeds" in text
 
 
 def test_the_summary_of_known_losses(benchmark):
@@ -78,5 +78,11 @@ def test_the_summary_of_known_losses(benchmark):
     rows = [{"attention": kind, "held out": own, "held out, under SDPA": sdpa} for kind, own, sdpa in known]
     text = benchmark.summary("LoRA", "FP8", rows)
     assert "gap +0.2000 ± 0.1414 nats; of what was trained, both under SDPA, +0.0050 ± 0.0071" in text
-    assert "over 2 seeds; BF16 itself spreads by 0.7071" in text
+    assert "over 2 paired seeds; BF16 itself spreads by 0.7071" in text
     assert "one seed, no spread" in benchmark.summary("LoRA", "FP8", rows[:2])
+
+
+def test_the_page_is_rendered_from_its_rows(benchmark):
+    path = Path(__file__).parent.parent / "docs" / "adapters.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert benchmark.to_markdown(rows) == path.with_suffix(".md").read_text()

@@ -183,7 +183,8 @@ def geoscale_attention_forward(
     scaling = layer.site.softmax_scale if scaling is None else scaling
     _refuse_options(layer, kwargs, rows != keys)
     scaled = scales_spans(layer, query, key, value)
-    if scaled:  # spans are those of rotated operands, and their gradients come one by one
+    # Spans, and scales that look at activations, are those of rotated operands; a fused forward that somebody wrapped stays.
+    if scaled or layer.config.scaling != "geometry":
         query, key = normalise_and_rotate(query, key, qk_norm, rotary)
         rotary = qk_norm = packed = None
     sdpa = {

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.checks import SMALLEST_NORMAL
@@ -61,6 +62,7 @@ def _is_plain_norm(norm: Any) -> bool:
         and _origin(kind.forward).startswith("transformers.")
         and "forward" not in norm.__dict__
         and not any(getattr(norm, hooks) for hooks in _HOOKS)
+        and not _has_any_global_hook()
         and type(norm.weight) in (Tensor, nn.Parameter)  # no part of a sharded one
     )
 

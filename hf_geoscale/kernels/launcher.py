@@ -86,7 +86,7 @@ class DirectKernel:
         key = (device, *specialisation(arguments), *options.items())
         compiled = self._known.get(key)
         if compiled is None:
-            self._remember(key, self.kernel[grid](*arguments, **options), len(arguments), options)
+            self._remember(key, self.kernel[grid](*arguments, **options), arguments, options)
             return
         x, y, z = (*grid, 1, 1)[:3]
         stream = driver.get_current_stream(device)
@@ -94,11 +94,13 @@ class DirectKernel:
             x, y, z, stream, compiled.function, compiled.metadata, None, None, None, *arguments, *compiled.constants
         )
 
-    def _remember(self, key: tuple, compiled: Any, positional: int, options: dict[str, Any]) -> None:
+    def _remember(self, key: tuple, compiled: Any, arguments: tuple, options: dict[str, Any]) -> None:
         """Keep a compiled kernel, if it is one that can be called directly."""
-        rest = self.kernel.params[positional:]
+        rest = self.kernel.params[len(arguments) :]
         if not all(p.is_constexpr and p.name in options for p in rest):
             return
+        if any(p.is_constexpr and type(x) is float for p, x in zip(self.kernel.params, arguments, strict=False)):
+            return  # compiled in, but no part of the key
         run, function, metadata = (getattr(compiled, name, None) for name in ("run", "function", "packed_metadata"))
         if run is None or function is None or metadata is None:
             return
