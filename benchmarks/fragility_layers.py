@@ -30,6 +30,8 @@ def _of_model(records: list[dict], model: str) -> tuple[tuple[bool, bool], str]:
     found = layer_correlations([r for r in records if r.get("model") == model], "float8_e4m3")
     means = [fmean(found[name]) for name in (OURS, NORM_ONLY, ENTROPY)]
     said = "{:+.2f} against {:+.2f} (norms) and {:+.2f} (entropy)".format(*means)
+    if "depth" in found:
+        said += f" and {fmean(found['depth']):+.2f} (depth)"
     return (_ahead(found[OURS], found[NORM_ONLY]), _ahead(found[OURS], found[ENTROPY])), f"{model} {said}"
 
 

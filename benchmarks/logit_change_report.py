@@ -21,12 +21,6 @@ RISE = 0.1
 LEARNT = 0.3
 """Nats below the entropy of the byte frequencies that a run which learnt ends at, at least."""
 
-HISTORY = """\
-The first rule here called learning too little unstable; it was rewritten after 352 runs whose rate fell to a tenth (commit
-61fce98, AdamW up to 0.032, Muon up to 1): none of those diverged. Then ten runs on a CPU (plain and QuacK, τ = 0.1, seed 0)
-were looked at, and the rate was made constant, the rates widened, the steps raised from 80 to 100, and the highest rate that
-trains was added, all before any run below."""
-
 LITTLE = "°"
 """Marks a cell whose mean loss is of runs of which some learnt too little."""
 
@@ -159,9 +153,9 @@ def _rule(host: dict) -> list[str]:
         "Highest stable rate: the largest of the sweep at which, and below which, no seed diverged.",
         f"{LITTLE}: some seed did not diverge but learnt too little, ending less than {LEARNT:g} below the entropy of the byte",
         f"frequencies, {host['byte_entropy']:.3f}. Highest rate that trains: the largest at which no seed diverged or learnt too",
-        "little. ≥ where that is the sweep's last: it lies there or beyond.",
+        "little, whatever lower rates did. ≥ where that is the sweep's last: it lies there or beyond.",
         "",
-        *HISTORY.split("\n"),
+        *host["history"].split("\n"),
     ]
 
 

@@ -1,6 +1,7 @@
 """benchmarks/fragility.py at its smallest: nulls, measured mismatch, planted events, and the page it writes."""
 
 import json
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -234,9 +235,25 @@ def test_a_run_becomes_a_page(benchmark, monkeypatch, tmp_path, capsys):
 
 
 def test_what_the_readme_says_of_it():
-    """SmolLM2's layers ranked better, the GPT-2's not; κ_softmax warned before no instability, the loss before each."""
-    page = " ".join((BENCHMARKS.parent / "docs" / "fragility.md").read_text().split())
+    page, readme = (
+        " ".join((BENCHMARKS.parent / name).read_text().split()) for name in ("docs/fragility.md", "README.md")
+    )
     assert "on GPT-2 trained here no better than either the norm-only or the entropy baseline; on SmolLM2" in page
     assert "SmolLM2-135M-Instruct better than both the norm-only and the entropy baseline;" in page
+    assert (
+        "SmolLM2's layers by their measured FP8 error better than weight norms or entropy do, but no better" in readme
+    )
+    assert "those of a small GPT-2 no better than either" in readme
+    ours, depth = re.search(r"; SmolLM2-135M-Instruct ([-+.\d]+) against .* and ([-+.\d]+) \(depth\)", page).groups()
+    assert float(ours) <= float(depth)
+    assert f"no better than their index does (rank correlation {ours} against {depth})" in readme
     assert "κ_softmax warned before 0 of 3 instabilities of the loss" in page
-    assert "the same rule on loss warned before 3 of 3 instabilities of the loss" in page
+    assert (
+        "the same rule on loss warned before 3 of 3 instabilities of the loss, by a median of 5 steps, and in 1 of 3 stable"
+        in page
+    )
+    assert (
+        "the early warning came before none of three planted instabilities, the same rule on the loss before all three"
+        in readme
+    )
+    assert "with a false alarm in one of three stable runs" in readme

@@ -38,7 +38,7 @@ DIVERGED = {
     "ended before a probe": {"held_out": [], "losses": [3.0]},
 }
 HOST = dict.fromkeys(("command", "device", "driver", "torch", "triton", "transformers", "commit"), "x")
-HOST |= {"byte_entropy": ENTROPY, "threshold": 100.0, "runs": 6}
+HOST |= {"byte_entropy": ENTROPY, "threshold": 100.0, "runs": 6, "history": "Nothing before."}
 
 
 def test_a_stable_run(report):
@@ -103,20 +103,32 @@ def test_the_page_is_rendered_from_its_records(report):
 
 
 def test_what_the_readme_says_of_the_sweep(report):
-    """Both methods end below plain training at every rate of Muon, bear four times its rate in FP8; the q/k norm ends lower."""
+    readme = " ".join((ROOT / "README.md").read_text().split())
     _, *records = (json.loads(line) for line in (ROOT / "docs" / "logit_change.jsonl").read_text().splitlines())
     found = report.sweeps(records)
-    ours = ("QuacK, τ = 1", "QuacK, τ = 0.1", "QK-Clip, certificate")
+    ours, fixed = ("QuacK, τ = 1", "QuacK, τ = 0.1", "QK-Clip, certificate"), "fixed factor, τ = 0.1"
 
     def ends(attention: str, control: str) -> list[float]:
         return [fmean(run["probes"][-1][1] for run in runs) for runs in found["Muon", attention, control].values()]
 
+    def stable(attention: str, control: str) -> float:
+        return report.highest_stable_rate(found["Muon", attention, control])
+
+    assert "both end below plain training at every rate, as does a fixed factor of 0.1 on the same update" in readme
+    assert "which ends lowest of them at the lowest rate" in readme
+    assert "A q/k norm, where the model may have one, ends lower still at all but the highest rate" in readme
     for attention in ("BF16", "FP8"):
-        for control in ours:
-            below = [a < b for a, b in zip(ends(attention, control), ends(attention, "plain"), strict=True)]
-            normed = [a < b for a, b in zip(ends(attention, "q/k norm"), ends(attention, control), strict=True)]
-            assert all(below)
-            assert all(normed[:-1])
-    plain = report.highest_stable_rate(found["Muon", "FP8", "plain"])
-    assert all(report.highest_stable_rate(found["Muon", "FP8", control]) == 4 * plain for control in ours)
+        for control in (*ours, fixed):
+            assert all(a < b for a, b in zip(ends(attention, control), ends(attention, "plain"), strict=True))
+            assert all(
+                a < b for a, b in zip(ends(attention, "q/k norm")[:-1], ends(attention, control)[:-1], strict=True)
+            )
+        assert min((*ours, fixed), key=lambda control: ends(attention, control)[0]) == fixed
+    assert "with FP8 attention both bear a rate four times plain training's" in readme
+    assert all(stable("FP8", control) == 4 * stable("FP8", "plain") for control in ours)
+    assert "with BF16 attention QuacK at τ = 1 and the clip bear the same" in readme
+    assert all(stable("BF16", control) == stable("BF16", "plain") for control in (ours[0], ours[2]))
+    assert "though with BF16 attention it diverges earlier" in readme
+    assert stable("BF16", "q/k norm") < stable("BF16", "plain")
+    assert "With AdamW next to no run of any method diverged" in readme
     assert sum(report.diverged(record) for record in records if record["optimizer"] == "AdamW") == 1

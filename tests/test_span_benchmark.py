@@ -185,3 +185,15 @@ class TestReport:
             pytest.skip("docs/span_scaling.jsonl has not been measured")
         host, *found = map(json.loads, path.read_text().splitlines())
         assert report.to_markdown(host, found).strip() == path.with_suffix(".md").read_text().strip()
+
+
+def test_what_the_readme_says_of_it():
+    root = Path(__file__).parent.parent
+    page, readme = (" ".join((root / name).read_text().split()) for name in ("docs/span_scaling.md", "README.md"))
+    assert "cannot be told apart from that of plain gradients" in page
+    assert "cannot be told apart from that of random subspaces under the same factors" in page
+    assert "in 8 paired seeds" in page
+    assert (
+        "Over eight seeds its loss cannot be told apart from that of plain gradients, nor from that of random subspaces"
+        in readme
+    )

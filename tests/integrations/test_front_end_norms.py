@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm
@@ -51,6 +52,15 @@ def test_a_hook_keeps_them_outside_and_runs(given_norms, name, kind):
     handle.remove()
     model(tokens(1, 20), use_cache=False)
     assert given_norms[2:] == [True, True]
+
+
+def test_a_hook_on_all_modules_keeps_them_outside_and_runs(given_norms):
+    model, seen = patch_model(tiny_model("qwen3")), []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    model(tokens(1, 20), use_cache=False)
+    handle.remove()
+    assert given_norms == [False, False]
+    assert seen.count("Qwen3RMSNorm") == 2 * 4 + 1
 
 
 @pytest.mark.parametrize("change", ["instance", "class", "subclass", "gemma", "shard", "another epsilon", "no epsilon"])

@@ -1,6 +1,7 @@
 """FP8 logits and the rivals' scales in whole models: what overflows, what never does."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_geoscale import GeoScaleConfig, UnsupportedModelError, geometry_report, patch_model
 from hf_geoscale.config import AutoAlpha, Delayed
 from hf_geoscale.integrations import geoscale_layers, load_scaling_state_dict, scaling_state_dict
+from hf_geoscale.integrations.front_end import FusedForward
 from hf_geoscale.kernels.backend import triton_missing
 
 from ..conftest import SHAPE, tiny_model, tokens
@@ -198,6 +200,25 @@ class TestAdversarialBatch:
 def test_rank_aware_needs_a_low_rank_interaction():
     with pytest.raises(UnsupportedModelError, match="normalises each head"):
         patch_model(tiny_model("qwen3"), quantize_logits=True, bound="rank_aware")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_current_scaling_under_a_fused_forward_that_somebody_wrapped(family):
+    """It outlives patching anew, and hands over q and k before norm and RoPE; the scales are of q and k after both."""
+    model, ids = tiny_model(family), tokens(1, 40)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.data.mul_(4)
+    exact = patch_model(model, backend="reference", scaling="current", fused_front_end=False)(
+        ids, use_cache=False
+    ).logits
+    patch_model(model, backend="reference")
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), FusedForward):
+            module.forward = partial(module.forward)
+    patch_model(model, backend="reference", scaling="current")
+    assert torch.equal(model(ids, use_cache=False).logits, exact)
+    assert overflows(model) == {"q": 0, "k": 0, "v": 0}
 
 
 @pytest.mark.skipif(

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,3 +172,15 @@ def test_results_are_those_of_ordinary_launches(monkeypatch):
         for unaligned in (False, True):
             for name, case in CASES.items():
                 compare(partial(results, case, device, unaligned), (name, device, unaligned))
+
+
+def test_a_number_compiled_in_by_its_place_is_not_kept():
+    """No part of the key, unlike integers."""
+    from hf_geoscale.kernels.launcher import DirectKernel
+
+    kernel = DirectKernel(SimpleNamespace(params=[SimpleNamespace(is_constexpr=True, name="X")]))
+    compiled = SimpleNamespace(run=print, function=1, packed_metadata=())
+    kernel._remember(("key",), compiled, (0.5,), {})
+    assert not kernel._known
+    kernel._remember(("key",), compiled, (5,), {})
+    assert list(kernel._known) == [("key",)]
