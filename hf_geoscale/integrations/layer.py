@@ -119,8 +119,8 @@ class GeoScaleLayer(PatchedLayer):
         engine = "FSDP2" if fsdp_units(self.enclosing) else "DeepSpeed ZeRO-3"
         if engine == "FSDP2" or partitioned_parameters(self.site.weight_modules()):
             raise UnsupportedModelError(
-                f"{self.name}: its v is bounded by the embedding and the norms of earlier layers, which {engine} has sharded again by "
-                "then. Use DDP, or unpatch the model"
+                f"{self.name}: its v is bounded by the embedding and the norms of earlier layers, which {engine} has sharded again "
+                "by then. Use DDP, or unpatch the model"
             )
 
     def use(self, geometry: LayerGeometry, version: tuple, values: HostValues, place: int) -> None:

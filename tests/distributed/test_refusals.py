@@ -47,16 +47,6 @@ def test_a_model_loaded_with_a_tensor_parallel_plan():
         patch_model(model)
 
 
-@pytest.mark.feature("DeepSpeed ZeRO-3", refused=True)
-def test_zero_3():
-    model = tiny_model("llama")
-    model.model.layers[1].self_attn.v_proj.weight.ds_id = 7  # what deepspeed.zero.Init leaves on a parameter
-    with pytest.raises(
-        UnsupportedModelError, match=r"llama layer 1 is partitioned by DeepSpeed ZeRO-3.*fsdp_version: 2"
-    ):
-        patch_model(model)
-
-
 @pytest.mark.feature("FSDP1", refused=True)
 @pytest.mark.parametrize("flat", [False, True])
 def test_fsdp1(flat):
