@@ -17,7 +17,7 @@ ROOMS = {
     "stability": ({"geometry"}, {"torch", "matplotlib"}),
     "integrations": (
         {"geometry", "scaling", "kernels", "stability", "config", "errors"},
-        {"torch", "transformers", "accelerate", "peft", "bitsandbytes"},
+        {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed"},
     ),
     "cli": (
         {"geometry", "scaling", "kernels", "stability", "integrations", "config", "errors", ""},

@@ -1,5 +1,6 @@
 """What a patched attention module carries: where its weights are, its scales, and what it has seen."""
 
+import sys
 from collections import Counter
 from typing import Any
 
@@ -22,6 +23,7 @@ from .sharding import (
     refuse_unreadable,
 )
 from .utilisation import Utilisation, add_together
+from .zero3 import gather_together, partitioned_parameters
 
 DEFAULT_LENGTH = 4096
 """Tokens assumed by the rank-aware bound where neither the config nor the model states a maximum (a guess)."""
@@ -71,7 +73,7 @@ class GeoScaleLayer(PatchedLayer):
 
     Nothing of it enters a checkpoint: everything is recomputed from the weights. A layer refreshes itself when a forward
     finds its weights changed (loaded, stepped, moved), unless somebody who bounded the change has called `accept_drift`.
-    Weights that FSDP2 shards are only measured there, where FSDP has gathered them; see `sharding`.
+    Weights that FSDP2 or ZeRO-3 shards are only measured there, where they are gathered; see `sharding` and `zero3`.
 
     Args:
         enclosing: the attention module and all modules around it, where FSDP2 may shard it.
@@ -106,15 +108,20 @@ class GeoScaleLayer(PatchedLayer):
         Raises:
             UnsupportedModelError: weights that cannot be read.
         """
-        if self.site.stream is not None and fsdp_units(self.enclosing):
-            raise UnsupportedModelError(
-                f"{self.name}: its v is bounded by the embedding and the norms of earlier layers, which FSDP2 has sharded again by "
-                "then. Use DDP, or unpatch the model"
-            )
+        if self.site.stream is not None:
+            self._refuse_sharded_stream()
         refuse_unreadable(self.site.weight_modules(), self.name, self.enclosing)
         version = self.site.version()
         vectors = None if self.geometry is None else self.geometry.vectors
         return LayerMaps(*self.site.projections(), self.site.softmax_scale, vectors), version
+
+    def _refuse_sharded_stream(self) -> None:
+        engine = "FSDP2" if fsdp_units(self.enclosing) else "DeepSpeed ZeRO-3"
+        if engine == "FSDP2" or partitioned_parameters(self.site.weight_modules()):
+            raise UnsupportedModelError(
+                f"{self.name}: its v is bounded by the embedding and the norms of earlier layers, which {engine} has sharded again "
+                "by then. Use DDP, or unpatch the model"
+            )
 
     def use(self, geometry: LayerGeometry, version: tuple, values: HostValues, place: int) -> None:
         """Take this geometry; the scales follow."""
@@ -123,14 +130,14 @@ class GeoScaleLayer(PatchedLayer):
 
     @property
     def measurable(self) -> bool:
-        """Whether the weights can be read outside a forward; those that FSDP2 shards cannot."""
+        """Whether the weights can be read outside a forward; those that FSDP2 or ZeRO-3 shards cannot."""
         return can_be_read(self.site.weight_modules())
 
     def mark_stale(self) -> None:
         """Measure again in the next forward.
 
         Raises:
-            UnsupportedModelError: weights that no FSDP2 module around this attention will gather.
+            UnsupportedModelError: weights that nobody will gather around this attention.
         """
         self.follow_sharding()
         if not self.follows_shards:
@@ -138,8 +145,17 @@ class GeoScaleLayer(PatchedLayer):
         self.weights_version = None
 
     def follow_sharding(self) -> None:
-        """If FSDP2 shards a module around this attention, look at the shards before each gathering from now on."""
-        if self.follows_shards or not (units := fsdp_units(self.enclosing)):
+        """If FSDP2 shards a module around this attention, look at the shards before each gathering from now on.
+
+        If DeepSpeed ZeRO-3 partitions the weights, have it gather them for the whole attention.
+        """
+        if self.follows_shards:
+            return
+        if "deepspeed" in sys.modules and (hook := gather_together(self.site.attention, self.site.weight_modules())):
+            self.follows_shards = True
+            self.hooks.append(hook)
+            return
+        if not (units := fsdp_units(self.enclosing)):
             return
         self.follows_shards = True
         follow_shards(self.site.weight_modules())

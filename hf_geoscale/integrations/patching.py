@@ -23,6 +23,7 @@ from .masks import geoscale_mask
 from .refresh import Measurement, RefreshGroup
 from .residual import refuse_embeddings
 from .sharding import enclosing_modules, refuse_parallelism, refuse_replicas, submodules
+from .zero3 import refuse_prepared
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +159,8 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
         refuse_parallelism(model)
         around = enclosing_modules(model)
         layers = [GeoScaleLayer(site, config, alpha, around[site.attention]) for site in sites]
+        for layer in layers:
+            refuse_prepared(layer.site.attention, layer.site.weight_modules(), layer.name)
         readable = [layer for layer in layers if layer.measurable]
         measurement = Measurement(readable) if readable else None
         if measurement is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedAttentionError, UnsupportedModelError
 from ..geometry.certificates import UNIT_ROUNDOFF
 from .norms import gain_and_shift
+from .sharding import is_partitioned
 from .weights import active_module
 
 ROWS = 4096
@@ -73,9 +74,10 @@ def residual_stream(model: Any, blocks: Sequence[Any], names: tuple[str, ...]) -
 
 def refuse_embeddings(module: Any, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of a post-norm decoder: certificates there start at rows of its embedding, unchanged by hooks."""
-    hooks = [
-        getattr(hook, "__name__", type(hook).__name__) for hook in module.get_input_embeddings()._forward_hooks.values()
-    ]
+    embedding = module.get_input_embeddings()
+    if any(map(is_partitioned, embedding.parameters())):
+        return  # DeepSpeed's hooks; the first layer refuses its sharding by name
+    hooks = [getattr(hook, "__name__", type(hook).__name__) for hook in embedding._forward_hooks.values()]
     changing = [name for name in hooks if name not in _HARMLESS_HOOKS]
     if changing:
         raise UnsupportedAttentionError(

@@ -1,9 +1,9 @@
-"""Weights that are whole only now and then: FSDP2's shards, their versions, and the shardings that are refused.
+"""Weights that are whole only now and then: FSDP2's and ZeRO-3's shards, their versions, and the shardings that are refused.
 
 FSDP2 gathers a decoder layer's weights right before its forward, and before its recomputation under gradient checkpointing.
 Certificates are read off the gathered weights in there: no collective of ours, never more than one layer whole, and the same
 bits on every rank. What the gathered copy cannot tell (its address changes with each gathering, its version counter never) is
-read off the shards, right before FSDP gathers them.
+read off the shards, right before FSDP gathers them. DeepSpeed ZeRO-3 (see `zero3`) keeps its shards next to the gathered weights.
 """
 
 from collections.abc import Iterable, Iterator
@@ -36,6 +36,11 @@ def is_shard(parameter: Tensor) -> bool:
     return hasattr(parameter, "full_tensor")
 
 
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 partitions this parameter; it may be gathered now."""
+    return hasattr(parameter, "ds_id")
+
+
 def submodules(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """These modules and all inside them, each once, in the order of `nn.Module.modules`, whose nested generators are slow."""
     found: dict[nn.Module, None] = {}
@@ -55,7 +60,8 @@ def attribute(module: Any, name: str) -> Any:
     return getattr(module, name, None) if found is None else found
 
 
-def _parameters(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+def parameters_of(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Owner, name and parameter, of these modules and all inside them."""
     for owner in submodules(modules):
         for name, parameter in owner._parameters.items():
             if parameter is not None:
@@ -76,10 +82,12 @@ def shard_version(owner: nn.Module, name: str, parameter: Any) -> object | None:
     """Version of a sharded parameter of `owner`: changes when it is replaced or written in place. None: it is not sharded.
 
     In its gathered form: the version of the shards that it was gathered from. Invisible are writes that torch does not count:
-    through `.data`, and by `torch._foreach_*` to DTensors.
+    through `.data`, and by `torch._foreach_*` to DTensors. Of ZeRO-3, also a write to a gathered weight until it is released.
     """
     if is_shard(parameter):
         return _writes(parameter)
+    if is_partitioned(parameter):
+        return parameter.ds_id, *_writes(parameter.ds_tensor)
     followed = _shards.get(owner) if _shards else None
     if followed is None:
         return None
@@ -90,7 +98,7 @@ def shard_version(owner: nn.Module, name: str, parameter: Any) -> object | None:
 
 def follow_shards(modules: Iterable[nn.Module]) -> None:
     """From now on `shard_version` speaks of the shards behind these modules' parameters; then call `look_at_shards`."""
-    for owner, _, _ in _parameters(modules):
+    for owner, _, _ in parameters_of(modules):
         _shards.setdefault(owner, {})
 
 
@@ -100,7 +108,7 @@ def look_at_shards(modules: Iterable[nn.Module]) -> None:
     A parameter that is still gathered keeps the version noted then. Unless its shards were written since: then it could have
     been gathered by hand before or after that, so it gets a version of its own, until its shards are seen again.
     """
-    for owner, name, parameter in _parameters(modules):
+    for owner, name, parameter in parameters_of(modules):
         followed = _shards.get(owner)
         if followed is None:
             continue
@@ -132,16 +140,19 @@ def enclosing_modules(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, ...]
 
 
 def can_be_read(modules: Iterable[nn.Module]) -> bool:
-    """Whether the weights are here, outside a forward: not in shards, on the meta device, or still to come from rank 0."""
-    parameters = [parameter for _, _, parameter in _parameters(modules)]
+    """Whether the weights are here, outside a forward: not in shards, on the meta device, or still to come from rank 0.
+
+    Those that ZeRO-3 partitions are not, even where they happen to be gathered.
+    """
+    parameters = [parameter for _, _, parameter in parameters_of(modules)]
     absent = bool(parameters) and all(p.is_meta for p in parameters)
-    return not (is_fsdp_enabled() or absent or any(map(is_shard, parameters)))
+    return not (is_fsdp_enabled() or absent or any(is_shard(p) or is_partitioned(p) for p in parameters))
 
 
 def refuse_unreadable(modules: Iterable[nn.Module], where: str, enclosing: Iterable[nn.Module] = ()) -> None:
     """Raise UnsupportedModelError, naming the remedy, for weights that are not whole while their layer runs."""
     modules = list(modules)
-    parameters = [parameter for _, _, parameter in _parameters(modules)]
+    parameters = [parameter for _, _, parameter in parameters_of(modules)]
     for parameter in parameters:
         if is_shard(parameter):
             what = "(a DTensor) while its attention runs" if fsdp_units(enclosing) else "by tensor parallelism"
@@ -149,10 +160,10 @@ def refuse_unreadable(modules: Iterable[nn.Module], where: str, enclosing: Itera
                 f"{where} is sharded {what}; its certificates need whole weights. Apply fully_shard to whole decoder layers "
                 "(accelerate: fsdp_transformer_layer_cls_to_wrap), without a tp_plan"
             )
-        if hasattr(parameter, "ds_id"):
+        if is_partitioned(parameter) and parameter.ds_status.name != "AVAILABLE":
             raise UnsupportedModelError(
-                f"{where} is partitioned by DeepSpeed ZeRO-3, which gathers single projections, not whole layers; "
-                "use FSDP2 (accelerate: fsdp_version: 2)"
+                f"{where} is partitioned by DeepSpeed ZeRO-3, and not gathered while its attention runs; call patch_model before "
+                "accelerator.prepare (deepspeed.initialize), and the model through what that returns"
             )
     flat = any("weight" in module.__dict__ for module in modules)  # use_orig_params=False leaves no parameters
     if flat or any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters):

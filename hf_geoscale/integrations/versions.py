@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sharding import shard_version
+from .sharding import is_partitioned, shard_version
 
 _PARTS = frozenset(("SCB", "CB", "quant_state"))
 """Attributes in which bitsandbytes keeps tensors of a parameter."""
@@ -23,6 +23,7 @@ def module_versions(modules: Sequence[nn.Module], contents: bool) -> tuple:
     """
     shards: list[object] = []
     tensors: list[Tensor] = []
+    gathered: list[Tensor] = []  # each time at another address
     for owner in modules:
         for name, parameter in owner._parameters.items():
             if parameter is None:
@@ -30,13 +31,15 @@ def module_versions(modules: Sequence[nn.Module], contents: bool) -> tuple:
             version = shard_version(owner, name, parameter)
             if version is not None:
                 shards.append(version)
+                if is_partitioned(parameter):
+                    gathered.append(parameter)
             elif type(parameter) is nn.Parameter and _PARTS.isdisjoint(vars(parameter)):
                 tensors.append(parameter)
             else:
                 tensors += stored(parameter)
     # An inference tensor counts no changes: a new object differs from every earlier version.
     writes = [(t.data_ptr(), object() if t.is_inference() else t._version) for t in tensors]
-    return (*[_state(m) for m in modules], *shards, *writes, checksum(tensors) if contents else None)
+    return (*[_state(m) for m in modules], *shards, *writes, checksum([*tensors, *gathered]) if contents else None)
 
 
 def stored(parameter: Tensor) -> Iterator[Tensor]:

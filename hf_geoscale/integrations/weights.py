@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
+from .sharding import is_partitioned, is_shard
 
 E4M3_MAX = 448.0
 E4M3_GROWTH = 1 + 2.0**-4
@@ -170,9 +171,11 @@ def _plain_weight(module: Any, where: str) -> EffectiveWeight:
     weight: Any = module.weight
     if type(weight).__module__.startswith("torchao."):
         return EffectiveWeight(_dequantised_torchao(weight, where), bias)
-    if hasattr(weight, "full_tensor") or weight.is_meta:
+    absent = is_partitioned(weight) and weight.ds_status.name != "AVAILABLE"
+    if absent or is_shard(weight) or weight.is_meta:
         raise UnsupportedModelError(
-            f"{where} is sharded or on the meta device; patch the model where its weights are whole"
+            f"{where} is {'partitioned by DeepSpeed ZeRO-3' if absent else 'sharded or on the meta device'}; "
+            "patch the model where its weights are whole"
         )
     if type(weight) not in (nn.Parameter, Tensor):
         raise UnsupportedModelError(

@@ -58,6 +58,18 @@ def test_fsdp2_launched(tiny_folder, text_file, tmp_path, script):  # noqa: F811
     assert re.search("geoscale/overflows|step 20: loss", out)
 
 
+@pytest.mark.gpu
+@pytest.mark.feature("DeepSpeed ZeRO-3")
+@pytest.mark.parametrize("script", ["trainer.py", "accelerate_loop.py"])
+def test_zero3_launched(tiny_folder, text_file, tmp_path, script):  # noqa: F811
+    pytest.importorskip("deepspeed")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    output = [tmp_path] if script == "trainer.py" else []
+    out = launch("zero3.yaml", EXAMPLES / script, tiny_folder, text_file, *output)
+    assert re.search("geoscale/overflows|step 20: loss", out)
+
+
 @pytest.mark.feature("FSDP2")
 def test_accelerates_fsdp2(two):
     first, second = two.run(stack_scenarios.accelerate_fsdp2)

@@ -47,13 +47,15 @@ def test_a_model_loaded_with_a_tensor_parallel_plan():
         patch_model(model)
 
 
-@pytest.mark.feature("DeepSpeed ZeRO-3", refused=True)
-def test_zero_3():
+class Status:
+    name = "NOT_AVAILABLE"
+
+
+def test_zero_3_without_its_engine():
     model = tiny_model("llama")
-    model.model.layers[1].self_attn.v_proj.weight.ds_id = 7  # what deepspeed.zero.Init leaves on a parameter
-    with pytest.raises(
-        UnsupportedModelError, match=r"llama layer 1 is partitioned by DeepSpeed ZeRO-3.*fsdp_version: 2"
-    ):
+    weight = model.model.layers[1].self_attn.v_proj.weight
+    weight.ds_id, weight.ds_status = 7, Status  # what deepspeed.zero.Init leaves on a parameter
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 is partitioned by DeepSpeed ZeRO-3, and not gathered"):
         patch_model(model)
 
 
