@@ -23,7 +23,7 @@ from .sharding import (
     refuse_unreadable,
 )
 from .utilisation import Utilisation, add_together
-from .zero3 import gather_together, partitioned_parameters
+from .zero3 import gather_together, partitioned_parameters, pass_by_position
 
 DEFAULT_LENGTH = 4096
 """Tokens assumed by the rank-aware bound where neither the config nor the model states a maximum (a guess)."""
@@ -151,9 +151,10 @@ class GeoScaleLayer(PatchedLayer):
         """
         if self.follows_shards:
             return
-        if "deepspeed" in sys.modules and (hook := gather_together(self.site.attention, self.site.weight_modules())):
+        if "deepspeed" in sys.modules and gather_together(self.site.attention, self.site.weight_modules()):
             self.follows_shards = True
-            self.hooks.append(hook)
+            if not self.hooks:  # DeepSpeed was imported after patching
+                self.hooks.append(pass_by_position(self.site.attention))
             return
         if not (units := fsdp_units(self.enclosing)):
             return

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from .masks import geoscale_mask
 from .refresh import Measurement, RefreshGroup
 from .residual import refuse_embeddings
 from .sharding import enclosing_modules, refuse_parallelism, refuse_replicas, submodules
-from .zero3 import refuse_prepared
+from .zero3 import pass_by_position, refuse_prepared
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +187,8 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
     for layer in layers:
         _attach(layer.site.attention, layer, original)
         layer.site.attention._replicate_for_data_parallel = refuse_replicas
+        if "deepspeed" in sys.modules and not layer.hooks:  # it may partition the model later
+            layer.hooks.append(pass_by_position(layer.site.attention))
     if layers[0].site.stream is not None:
         layers[0].hooks.append(model.base_model.register_forward_pre_hook(refuse_embeddings, with_kwargs=True))
     model.set_attn_implementation(NAME)

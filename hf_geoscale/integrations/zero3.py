@@ -38,27 +38,35 @@ def refuse_prepared(attention: Any, modules: Iterable[nn.Module], where: str) ->
         )
 
 
-def gather_together(attention: Any, modules: Iterable[nn.Module]) -> RemovableHandle | None:
+def gather_together(attention: Any, modules: Iterable[nn.Module]) -> bool:
     """From now on DeepSpeed gathers these modules' parameters for the whole forward and backward of the attention.
 
     In a forward whose gathering came too early to know, they are gathered here: once, on every process.
 
     Returns:
-        The hook that the backward needs; None where nothing is partitioned.
+        Whether any is partitioned.
     """
     if not (parameters := partitioned_parameters(modules)):
-        return None
+        return False
     from deepspeed import zero
 
     for parameter in parameters:
         zero.register_external_parameter(attention, parameter)
         if getattr(attention._parameters, "_in_forward", False) and parameter.ds_status.name == "NOT_AVAILABLE":
             parameter.all_gather()
+    return True
+
+
+def pass_by_position(attention: Any) -> RemovableHandle:
+    """Have the attention's hidden states passed by position, as transformers does not.
+
+    DeepSpeed learns from positional inputs alone when a module's backward is over; else it keeps what it gathered for the module
+    until the end of the whole backward.
+    """
     return attention.register_forward_pre_hook(_by_position, prepend=True, with_kwargs=True)
 
 
 def _by_position(_, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Pass the hidden states by position: DeepSpeed learns from positional inputs alone when a module's backward is over."""
     if args or "hidden_states" not in kwargs:
         return None
     kwargs = dict(kwargs)

@@ -62,7 +62,7 @@ class TestTraining:
             assert process["measured"] == [(1, 1)] * 4
             assert process["calls"] == [8, 8] if options.get("checkpointing") else [4, 4]
 
-    def test_nothing_stays_whole_after_the_backward(self, options, together):
+    def test_one_layer_is_whole_at_a_time(self, options, together):
         if "stage3_param_persistence_threshold" not in options:
             assert together[0]["whole"] == together[1]["whole"] == []
 
@@ -78,6 +78,17 @@ def test_loaded_in_parts(zero3, tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     for found in zero3.run(zero3_scenarios.loaded_in_parts, str(tmp_path)):
         assert found == {"absent": True, "measured while patching": False, "fresh": True}
+
+
+def test_accelerates_plugin(zero3):
+    first, second = zero3.run(zero3_scenarios.prepared_by_accelerate)
+    assert first["engine"] == "DeepSpeedEngine"
+    assert first["losses"] == second["losses"]
+    assert first["losses"][-1] < first["losses"][0] - 0.5
+    assert first["measured"] == second["measured"] == [1, 1, 1]
+    for a, b in zip(first["scales"], second["scales"], strict=True):
+        assert all(map(torch.equal, a, b))
+    assert not torch.equal(first["scales"][0][0], first["scales"][-1][0])
 
 
 def test_unpatching_and_patching_again(zero3):

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedType
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
@@ -81,13 +83,26 @@ def still_whole(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.ds_status.name != "NOT_AVAILABLE"]
 
 
+def watch_backward(model: nn.Module, found: list[str]) -> None:
+    """Note what of the last layer is still whole when a backward reaches the attention of the first."""
+    first, *_, last = [module for module in model.modules() if hasattr(module, "self_attn")]
+
+    def look(_, args, output) -> None:
+        if output[0].requires_grad:
+            output[0].register_hook(lambda _: found.extend(still_whole(last)))
+
+    first.self_attn.register_forward_hook(look)
+
+
 def train(device: str, steps: int = 4, checkpointing: bool = False, lora: bool = False, **zero) -> dict:
-    """A few AdamW steps: losses, scales used and due, layers measured, and what stays whole after each backward."""
+    """A few AdamW steps: losses, scales used and due, layers measured, and what stays whole too long."""
+    deepspeed_on(device)
     model = build(lora)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = local_batch(device)
     found: dict = {"losses": [], "scales": [], "due": [], "measured": [], "whole": []}
+    watch_backward(model, found["whole"])
     with prepared(model, device, **zero) as engine:
         for _ in range(steps):
             found["due"].append(true_scales(model, device, lora=lora))
@@ -216,6 +231,39 @@ def unpatched(device: str) -> dict:
         steps()
         fresh = [layer.calls for layer in geoscale_layers(model)]
     return {"losses": losses, "error": float((got - expected).abs().max()), "calls": fresh}
+
+
+def prepared_by_accelerate(device: str) -> dict:
+    """A raw Accelerate loop with its DeepSpeed plugin and BF16: losses, scales and measurements."""
+    deepspeed_on(device)
+    plugin = DeepSpeedPlugin(zero_stage=3, zero3_init_flag=False, gradient_clipping=1.0)
+    plugin.deepspeed_config |= {"zero_force_ds_cpu_optimizer": False, "train_micro_batch_size_per_gpu": 2}
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16", deepspeed_plugin=plugin)
+    if device == "cpu":  # accelerate uses DeepSpeed on accelerators alone; its code for it runs on the CPU too
+        accelerator.state.deepspeed_plugins = {"default": plugin}
+        accelerator.state.distributed_type = DistributedType.DEEPSPEED
+        plugin.set_mixed_precision("bf16")
+        plugin.select(_from_accelerator_state=True)
+    try:
+        model, batch = build(), local_batch(device)
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=3e-3))
+        accelerator.state.distributed_type = DistributedType.DEEPSPEED  # reset in there on the CPU
+        found: dict = {"losses": [], "scales": [], "measured": []}
+        for _ in range(3):
+            with counting_measurements() as measured:
+                loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+                accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            refresh_scales(model)
+            found["losses"].append(mean(loss))
+            found["scales"].append(scales_of(model))
+            found["measured"].append(measured[0])
+        found["engine"] = type(model).__name__
+        model.destroy()
+        return found
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def in_parts(device: str) -> nn.Module:
