@@ -14,6 +14,22 @@ from ..conftest import tiny_model, tokens
 from .scenarios import LENGTH, counting_measurements, local_batch, mean, scales_of, true_scales
 
 
+def accelerated_steps(accelerator, model, optimizer, batch, **inputs) -> dict:
+    """Losses, scales and counts of measurements of three steps."""
+    found: dict = {"losses": [], "scales": [], "measured": []}
+    for _ in range(3):
+        with counting_measurements() as measured:
+            loss = model(input_ids=batch, labels=batch, **inputs).loss
+            accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        refresh_scales(model)
+        found["losses"].append(mean(loss))
+        found["scales"].append(scales_of(model))
+        found["measured"].append(measured[0])
+    return found
+
+
 def accelerate_fsdp2(device: str) -> dict:
     """A raw Accelerate loop with its FSDP2 plugin, mixed precision and activation checkpointing; scales and losses."""
     plugin = FullyShardedDataParallelPlugin(
@@ -34,17 +50,7 @@ def accelerate_fsdp2(device: str) -> dict:
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         model, optimizer = accelerator.prepare(model, optimizer)
         batch = local_batch(device)
-        found: dict = {"losses": [], "scales": [], "measured": []}
-        for _ in range(3):
-            with counting_measurements() as measured:
-                loss = model(input_ids=batch, labels=batch).loss
-                accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            refresh_scales(model)
-            found["losses"].append(mean(loss))
-            found["scales"].append(scales_of(model))
-            found["measured"].append(measured[0])
+        found = accelerated_steps(accelerator, model, optimizer, batch)
         found["sharded"] = all(is_shard(p) for p in model.parameters())
         return found
     finally:

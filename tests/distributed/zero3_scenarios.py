@@ -17,6 +17,7 @@ from hf_geoscale.integrations import geoscale_layers
 
 from ..conftest import SHAPE, tiny_model
 from .scenarios import counting_measurements, local_batch, mean, scales_of
+from .stack_scenarios import accelerated_steps
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
@@ -248,17 +249,7 @@ def prepared_by_accelerate(device: str) -> dict:
         model, batch = build(), local_batch(device)
         model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=3e-3))
         accelerator.state.distributed_type = DistributedType.DEEPSPEED  # reset in there on the CPU
-        found: dict = {"losses": [], "scales": [], "measured": []}
-        for _ in range(3):
-            with counting_measurements() as measured:
-                loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-                accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            refresh_scales(model)
-            found["losses"].append(mean(loss))
-            found["scales"].append(scales_of(model))
-            found["measured"].append(measured[0])
+        found = accelerated_steps(accelerator, model, optimizer, batch, use_cache=False)
         found["engine"] = type(model).__name__
         model.destroy()
         return found

@@ -13,7 +13,7 @@ from hf_geoscale.kernels import Visibility
 from hf_geoscale.kernels.backend import triton_missing
 from hf_geoscale.kernels.qk_norm import QKNorm, normalise_and_rotate, rms_norm
 
-from ..tolerances import BF16_LOSSES, FUSED_ERROR, GRADIENT_ERROR, OUTPUT_ERROR
+from ..tolerances import BF16_LOSSES, FLOAT32_ROUNDOFF, FUSED_ERROR, GRADIENT_ERROR, OUTPUT_ERROR
 from .fused_cases import DEVICE, NEEDS_KERNELS, agree, operands
 from .test_fused import poison
 from .test_reference import exact, relative, scales
@@ -283,6 +283,14 @@ class TestNormGradient:
             assert relative(mine, exact_grad) < BF16_LOSSES / 2  # one rounding to bfloat16
         for mine, exact_grad in zip(partial.split((3, 2), 1), theirs[2:], strict=True):
             assert relative(mine.sum((0, 1, 2)), exact_grad) < BF16_LOSSES  # each x̂ rounded to bfloat16
+
+    def test_weights_get_the_rounded_quotients(self):
+        """Equal rows, so that roundings add up instead of cancelling; the device's rsqrt may flip one in a few hundred."""
+        row = torch.randn(64, generator=torch.Generator().manual_seed(2)).to(DEVICE, torch.bfloat16)
+        x, norm = row.expand(1, 1, 20, 64).contiguous(), torch.ones(64, device=DEVICE, dtype=torch.bfloat16)
+        partial = norm_gradient(x, x, norm, norm, EPS, torch.ones_like(x), torch.ones_like(x))
+        due = 20 * rms_norm(row, norm, EPS).float()
+        assert ((partial.sum((0, 1, 2)) - due).abs() <= FLOAT32_ROUNDOFF * due.abs()).float().mean() > 0.9
 
     def test_a_row_of_zeros_gives_its_gradient_over_root_epsilon(self):
         x, norm = torch.zeros(1, 1, 4, 16, device=DEVICE, dtype=torch.bfloat16), torch.full((16,), 2.0, device=DEVICE)
