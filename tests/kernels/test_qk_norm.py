@@ -289,7 +289,7 @@ class TestNormGradient:
         row = torch.randn(64, generator=torch.Generator().manual_seed(2)).to(DEVICE, torch.bfloat16)
         x, norm = row.expand(1, 1, 20, 64).contiguous(), torch.ones(64, device=DEVICE, dtype=torch.bfloat16)
         partial = norm_gradient(x, x, norm, norm, EPS, torch.ones_like(x), torch.ones_like(x))
-        due = 20 * rms_norm(row, norm, EPS).float()
+        due = 20 * 2 * rms_norm(row, norm, EPS).float()  # rows of q and of k
         assert ((partial.sum((0, 1, 2)) - due).abs() <= FLOAT32_ROUNDOFF * due.abs()).float().mean() > 0.9
 
     def test_a_row_of_zeros_gives_its_gradient_over_root_epsilon(self):
