@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import NonFiniteWeightsError, UnsupportedModelError
 from ..geometry import LayerGeometry, LayerMaps, measure_layers
+from ..kernels.statistics import fold_ranges
 from ..scaling import refresh_together
 from .sharding import refuse_parallelism
 from .utilisation import add_together
@@ -122,6 +123,7 @@ class Measurement:
 
     def install(self) -> None:
         """Use this geometry's scales from now on; maxima observed under the old weights are dropped."""
+        fold_ranges([layer.statistics for layer in self.layers])
         add_together([(layer.utilisation.interval, layer.statistics.range_used) for layer in self.layers])
         self._before = [(layer.geometry, layer.weights_version) for layer in self.layers]
         for index, (layer, geometry, version) in enumerate(

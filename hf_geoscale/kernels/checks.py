@@ -33,6 +33,14 @@ def check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
+def check_scales(scales: tuple[Tensor, Tensor, Tensor, Tensor | None], heads: int, kv_heads: int) -> None:
+    for operand, x, count in zip(("q", "k", "v", "logit"), scales, (heads, kv_heads, kv_heads, heads), strict=True):
+        if x is not None and (x.dtype != torch.float32 or x.shape != (count,)):
+            raise ValueError(
+                f"{operand}_quant_scale must be float32 of shape ({count},), got {x.dtype} {tuple(x.shape)}"
+            )
+
+
 def check_rotary(rotary: tuple[Tensor, Tensor], query: Tensor, key: Tensor) -> None:
     cos, sin = rotary
     batch, _, length, dim = query.shape
