@@ -111,11 +111,13 @@ def _fused(
         batch, heads, kv_heads = query.shape[0], query.shape[1], key.shape[1]
         counters = counters_of(counted, batch, heads, kv_heads, True, observe or scales[3] is not None)
         statistics.add_casts(counters.overflow, counters.amax, (heads, kv_heads, kv_heads))
+        if observe or scales[3] is not None:
+            logit_max = counters.logit_max[:heads]
         if scales[3] is not None:
-            largest = counters.logit_max if softcap is None else softcap * (counters.logit_max / softcap).tanh()
+            largest = logit_max if softcap is None else softcap * (logit_max / softcap).tanh()
             statistics.add_range("logit", largest * scales[3] / E4M3.max)
         if observe:
-            statistics.add_logits(counters.logit_max)
+            statistics.add_logits(logit_max)
     return out if out.dtype == query.dtype else out.to(query.dtype), fused.lse(shift, row_sum) if return_lse else None
 
 

@@ -10,19 +10,22 @@ ALIGNMENT = 4
 
 
 class Counters(NamedTuple):
-    """Views of the sections; those that a call does not ask for are empty."""
+    """Views of the sections, zeros behind what they hold; those that a call does not ask for are empty."""
 
     overflow: Tensor  # (4,) int64: entries of q, k, v and logits that their cast saturated
-    amax: Tensor  # (Hq + 2·Hkv,) largest |x·quant_scale| of q, k and v by head
-    logit_max: Tensor  # (Hq,) in natural units, before the soft cap and rounding
+    amax: Tensor  # (Hq + 2·Hkv or more,) largest |x·quant_scale| of q, k and v by head
+    logit_max: Tensor  # (Hq or more,) in natural units, before the soft cap and rounding
     v_norm: Tensor  # (B·Hkv,) largest 2-norm of a row of v8
 
 
-def _sections(batch: int, heads: int, kv_heads: int, count: bool, observe: bool) -> list[int]:
-    """Lengths in float32 of each section and of the gap behind it. What grows with the batch comes last."""
-    lengths = 8 if count else 0, heads + 2 * kv_heads if count else 0, heads if observe else 0
-    padded = [part for n in lengths for part in (n, -n % ALIGNMENT)]
-    return [*padded, batch * kv_heads]
+def _sections(batch: int, heads: int, kv_heads: int, count: bool, observe: bool) -> tuple[int, int, int, int]:
+    """Lengths in float32. What grows with the batch comes last, so that the others stay where they are."""
+    ranges = _aligned(heads + 2 * kv_heads) if count else 0
+    return 8 if count else 0, ranges, _aligned(heads) if observe else 0, batch * kv_heads
+
+
+def _aligned(length: int) -> int:
+    return length + -length % ALIGNMENT
 
 
 def zeroed(batch: int, heads: int, kv_heads: int, count: bool, observe: bool, device: torch.device) -> Tensor:
@@ -49,7 +52,7 @@ def counters_of(
     observe: bool,
 ) -> Counters:
     parts = torch.split_with_sizes(buffer, _sections(batch, heads, kv_heads, count, observe))
-    return Counters(parts[0].view(torch.int64), parts[2], parts[4], parts[6])
+    return Counters(parts[0].view(torch.int64), *parts[1:])
 
 
 def v_norm_of(buffer: Tensor, batch: int, kv_heads: int) -> Tensor:

@@ -34,11 +34,11 @@ def _observed() -> bool:
 
 def _kind(x: Any) -> Any:
     """What decides which code Triton compiles for an argument that is no integer, or more."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
     kind = type(x)
     if x is None or kind is float:  # no value of it is compiled in
         return kind
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
     return getattr(x, "tile", None) or (kind, x)  # a descriptor, or what is no number
 
 

@@ -24,7 +24,8 @@ def _padded(length: int) -> int:
 def _like_heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Empty (B, H, L, D) over (B, L, H, D) memory: the layout Transformers works in, so that no copy follows."""
     batch, heads, length, dim = x.shape
-    return torch.empty(batch, length, heads, dim, dtype=dtype, device=x.device).transpose(1, 2)
+    row = heads * dim
+    return torch.empty_strided((batch, heads, length, dim), (length * row, dim, row, 1), dtype=dtype, device=x.device)
 
 
 def _packed_like(q8: Tensor, k8: Tensor, dtype: torch.dtype) -> Tensor:

@@ -46,7 +46,7 @@ class AttentionStatistics:
     def add_casts(
         self,
         overflow: Tensor,  # (4,) int64 of q, k, v and logits
-        amax: Tensor,  # (Hq + 2·Hkv,) largest |x·quant_scale| of q, k and v
+        amax: Tensor,  # (Hq + 2·Hkv or more,) largest |x·quant_scale| of q, k and v
         counts: tuple[int, int, int],  # heads of q, k and v
     ) -> None:
         """Add what a fused forward counted. Ranges are divided and taken apart only when somebody reads them."""
@@ -113,7 +113,8 @@ def fold_ranges(statistics: Iterable[AttentionStatistics]) -> None:
 
 
 def _by_operand(x: Tensor, counts: tuple[int, int, int]) -> dict[str, Tensor]:
-    return dict(zip("qkv", torch.split_with_sizes(x, counts), strict=True))
+    parts = torch.split_with_sizes(x, (*counts, x.shape[0] - sum(counts)))
+    return dict(zip("qkv", parts[:3], strict=True))
 
 
 def _on_device_of(x: Tensor, old: Tensor) -> Tensor:
