@@ -176,8 +176,13 @@ def _weight_amax(layer: "GeoScaleLayer") -> Tensor:
 
 def _fresh_bytes(layer: "GeoScaleLayer", maps: LayerMaps) -> int:
     """Bytes of the weights that are no part of a parameter."""
-    stored = {p.untyped_storage().data_ptr() for p in layer.site.parameters()}
-    storages = [projection.weight.untyped_storage() for projection in maps.projections]
+    parameters = layer.site.parameters()
+    starts = {p.data_ptr() for p in parameters}
+    others = [p.weight for p in maps.projections if p.weight.data_ptr() not in starts]  # no whole parameters
+    if not others:
+        return 0
+    stored = {p.untyped_storage().data_ptr() for p in parameters}
+    storages = [weight.untyped_storage() for weight in others]
     return sum(s.nbytes() for s in storages if s.data_ptr() not in stored)
 
 

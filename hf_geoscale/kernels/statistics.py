@@ -52,8 +52,6 @@ class AttentionStatistics:
         """Add what a fused forward counted. Ranges are divided and taken apart only when somebody reads them."""
         old = self._cast_overflow
         self._cast_overflow = overflow if old is None else _on_device_of(overflow, old) + overflow
-        if self._amax is not None and self._counts != counts:
-            fold_ranges([self])
         self._counts, self._latest_amax = counts, amax
         self._amax = amax if self._amax is None else torch.maximum(_on_device_of(amax, self._amax), amax)
 
