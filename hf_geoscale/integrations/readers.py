@@ -38,7 +38,7 @@ def rotary_factor(rotary: Sequence[Any]) -> float:
 def _head_counts(site: "AttentionSite") -> tuple[int, int]:
     """Query and key/value heads."""
     attention, config = site.attention, site.attention.config
-    heads = getattr(attention, "num_heads", config.num_attention_heads)
+    heads = getattr(attention, "num_heads", None) or config.num_attention_heads
     return heads, getattr(config, "num_key_value_heads", None) or heads
 
 

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import NonFiniteWeightsError, UnsupportedModelError
 from ..geometry import LayerGeometry, LayerMaps, measure_layers
+from ..kernels.statistics import fold_ranges
 from ..scaling import refresh_together
 from .sharding import refuse_parallelism
 from .utilisation import add_together
@@ -122,6 +123,7 @@ class Measurement:
 
     def install(self) -> None:
         """Use this geometry's scales from now on; maxima observed under the old weights are dropped."""
+        fold_ranges([layer.statistics for layer in self.layers])
         add_together([(layer.utilisation.interval, layer.statistics.range_used) for layer in self.layers])
         self._before = [(layer.geometry, layer.weights_version) for layer in self.layers]
         for index, (layer, geometry, version) in enumerate(
@@ -174,8 +176,13 @@ def _weight_amax(layer: "GeoScaleLayer") -> Tensor:
 
 def _fresh_bytes(layer: "GeoScaleLayer", maps: LayerMaps) -> int:
     """Bytes of the weights that are no part of a parameter."""
-    stored = {p.untyped_storage().data_ptr() for p in layer.site.parameters()}
-    storages = [projection.weight.untyped_storage() for projection in maps.projections]
+    parameters = layer.site.parameters()
+    starts = {p.data_ptr() for p in parameters}
+    others = [p.weight for p in maps.projections if p.weight.data_ptr() not in starts]  # no whole parameters
+    if not others:
+        return 0
+    stored = {p.untyped_storage().data_ptr() for p in parameters}
+    storages = [weight.untyped_storage() for weight in others]
     return sum(s.nbytes() for s in storages if s.data_ptr() not in stored)
 
 

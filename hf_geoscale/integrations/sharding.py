@@ -152,8 +152,9 @@ def can_be_read(modules: Iterable[nn.Module]) -> bool:
 def refuse_unreadable(modules: Iterable[nn.Module], where: str, enclosing: Iterable[nn.Module] = ()) -> None:
     """Raise UnsupportedModelError, naming the remedy, for weights that are not whole while their layer runs."""
     modules = list(modules)
-    parameters = [parameter for _, _, parameter in parameters_of(modules)]
-    for parameter in parameters:
+    # A plain parameter without attributes of its own bears none of the marks below.
+    marked = [p for _, _, p in parameters_of(modules) if type(p) is not nn.Parameter or vars(p)]
+    for parameter in marked:
         if is_shard(parameter):
             what = "(a DTensor) while its attention runs" if fsdp_units(enclosing) else "by tensor parallelism"
             raise UnsupportedModelError(
@@ -166,7 +167,7 @@ def refuse_unreadable(modules: Iterable[nn.Module], where: str, enclosing: Itera
                 "accelerator.prepare (deepspeed.initialize), and the model through what that returns"
             )
     flat = any("weight" in module.__dict__ for module in modules)  # use_orig_params=False leaves no parameters
-    if flat or any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters):
+    if flat or any(getattr(parameter, "_fsdp_flattened", False) for parameter in marked):
         raise UnsupportedModelError(
             f"{where} is sharded by FSDP1 (FullyShardedDataParallel), whose flat parameters hide when a weight was written; "
             "use FSDP2 (fully_shard; accelerate: fsdp_version: 2)"

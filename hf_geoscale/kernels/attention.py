@@ -1,8 +1,6 @@
 """`fp8_attention`: the functional op, its checks, and the reference backend's autograd formula."""
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +8,8 @@ from torch import Tensor
 from ..scaling.formats import E4M3
 from . import reference
 from .backend import TRITON_INSTALLED, resolve_backend
-from .checks import check_operands, check_packed, check_qk_norm, check_rotary
+from .checks import check_operands, check_packed, check_qk_norm, check_rotary, check_scales
+from .counters import counters_of
 from .qk_norm import QKNorm, normalise_and_rotate
 from .statistics import AttentionStatistics
 from .visibility import Visibility
@@ -94,33 +93,37 @@ def _fused(
     if key_range is not None:
         key_range = key_range.to(device).clamp(0, key.shape[2]).to(torch.int32).contiguous()
     observe = statistics is not None and statistics.observe_logits
+    gradient_counter = statistics.gradient_counter(device) if observe else None
     operands = [kernel_operand(x, "triton") for x in (query, key, value)]
-    scales = [x if x is None else x.to(device) for x in scales]
+    scales = [None if x is None else _array(x, device) for x in scales]
     cos = sin = None
     if rotary is not None:
         cos, sin = rotary
         if cos.stride(-1) != 1 or cos.stride() != sin.stride():
             cos, sin = cos.contiguous(), sin.contiguous()
     norm = () if qk_norm is None else (qk_norm[0].contiguous(), qk_norm[1].contiguous(), qk_norm[2])
-    forward: Callable = fused.attention_forward
-    if packed is not None:
-        operands, forward = [x.detach() for x in operands], partial(fused.PackedAttention.apply, packed)
-    out, shift, row_sum, *_, amax, overflow, logit_max = forward(
-        *operands, *scales[:3], key_range, dropout_seed, statistics.gradient_counter(device) if observe else None, scales[3],
-        cos, sin, interleaved, softmax_scale, softcap or 0.0, visibility.causal, visibility.window or 0, dropout_p, incoherent,
+    out, shift, row_sum, *_, counted = fused.attend(
+        packed, *operands, *scales[:3], key_range, dropout_seed, gradient_counter, scales[3], cos, sin,
+        interleaved, softmax_scale, softcap or 0.0, visibility.causal, visibility.window or 0, dropout_p, incoherent,
         precision == "high", statistics is not None, observe, *norm,
     )  # fmt: skip
     if statistics is not None:
-        heads, kv_heads = query.shape[1], key.shape[1]
-        statistics.add_cast_overflow(overflow)
-        for name, used in zip("qkv", (amax / E4M3.max).split((heads, kv_heads, kv_heads)), strict=True):
-            statistics.add_range(name, used)
+        batch, heads, kv_heads = query.shape[0], query.shape[1], key.shape[1]
+        counters = counters_of(counted, batch, heads, kv_heads, True, observe or scales[3] is not None)
+        statistics.add_casts(counters.overflow, counters.amax, (heads, kv_heads, kv_heads))
+        if observe or scales[3] is not None:
+            logit_max = counters.logit_max[:heads]
         if scales[3] is not None:
             largest = logit_max if softcap is None else softcap * (logit_max / softcap).tanh()
             statistics.add_range("logit", largest * scales[3] / E4M3.max)
         if observe:
             statistics.add_logits(logit_max)
-    return out.to(query.dtype), fused.lse(shift, row_sum) if return_lse else None
+    return out if out.dtype == query.dtype else out.to(query.dtype), fused.lse(shift, row_sum) if return_lse else None
+
+
+def _array(x: Tensor, device: torch.device) -> Tensor:
+    """A scale as kernels read it, contiguous on their device."""
+    return (x if x.device == device else x.to(device)).contiguous()
 
 
 def kernel_operand(x: Tensor, backend: str) -> Tensor:
@@ -198,14 +201,8 @@ def fp8_attention(
         TypeError: an operand, a norm's weight, cos or sin that is not floating point, or a key_range that holds no integers.
     """
     check_operands(query, key, value)
-    heads, kv_heads = query.shape[1], key.shape[1]
-    given_scales = {"q": q_quant_scale, "k": k_quant_scale, "v": v_quant_scale}
-    if logit_quant_scale is not None:
-        given_scales["logit"] = logit_quant_scale
-    for operand, given in given_scales.items():
-        name, count = f"{operand}_quant_scale", heads if operand in ("q", "logit") else kv_heads
-        if given.shape != (count,) or given.dtype != torch.float32:
-            raise ValueError(f"{name} must be float32 of shape ({count},), got {given.dtype} {tuple(given.shape)}")
+    scales = (q_quant_scale, k_quant_scale, v_quant_scale, logit_quant_scale)
+    check_scales(scales, query.shape[1], key.shape[1])
     if packed is not None:
         check_packed(packed, query, key, value)
     if rotary is not None:
@@ -231,7 +228,6 @@ def fp8_attention(
     if softcap is not None and not SOFTCAP_MIN <= softcap <= SOFTCAP_MAX:
         raise ValueError(f"softcap must lie in [2⁻²⁰, 2²⁰], or be None for no soft cap, got {softcap}")
     visibility = Visibility(query.shape[2], key.shape[2], causal, window, key_range)
-    scales = (q_quant_scale, k_quant_scale, v_quant_scale, logit_quant_scale)
     attend = _fused if resolve_backend(backend, query.device) == "triton" else _reference
     out, lse = attend(
         query, key, value, packed, scales, rotary, rotary_interleaved, qk_norm, visibility, softmax_scale, softcap, incoherent,

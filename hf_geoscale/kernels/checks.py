@@ -11,37 +11,46 @@ SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 def check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
+    device = query.device
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, length, head_dim), got shape {tuple(x.shape)}")
         if x.dtype not in OPERAND_DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"{name} is on {x.device}, query on {query.device}; they must share one device")
-    batch, heads, _, dim = query.shape
-    if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != dim:
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device}, query on {device}; they must share one device")
+    (batch, heads, rows, dim), (key_batch, kv_heads, keys, key_dim) = query.shape, key.shape
+    if key.shape != value.shape or key_batch != batch or key_dim != dim:
         raise ValueError(
             "key and value must share one shape (B, Hkv, Lk, D) with query's B and D, got "
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
-    if not heads or not key.shape[1] or heads % key.shape[1]:
-        raise ValueError(f"query heads must be a multiple of key/value heads, got {heads} and {key.shape[1]}")
+    if not heads or not kv_heads or heads % kv_heads:
+        raise ValueError(f"query heads must be a multiple of key/value heads, got {heads} and {kv_heads}")
     check_head_dim(dim)
-    if not batch or not query.shape[2] or not key.shape[2]:
+    if not batch or not rows or not keys:
         raise ValueError(
-            f"batches and sequences must not be empty, got {batch} sequences of {query.shape[2]} query rows and {key.shape[2]} keys"
+            f"batches and sequences must not be empty, got {batch} sequences of {rows} query rows and {keys} keys"
         )
+
+
+def check_scales(scales: tuple[Tensor, Tensor, Tensor, Tensor | None], heads: int, kv_heads: int) -> None:
+    for operand, x, count in zip(("q", "k", "v", "logit"), scales, (heads, kv_heads, kv_heads, heads), strict=True):
+        if x is not None and (x.dtype != torch.float32 or x.shape != (count,)):
+            raise ValueError(
+                f"{operand}_quant_scale must be float32 of shape ({count},), got {x.dtype} {tuple(x.shape)}"
+            )
 
 
 def check_rotary(rotary: tuple[Tensor, Tensor], query: Tensor, key: Tensor) -> None:
     cos, sin = rotary
-    batch, _, length, dim = query.shape
-    if cos.dim() != 3 or cos.shape != sin.shape or cos.shape[0] not in (1, batch) or cos.shape[1] != length:
+    shape, (batch, _, length, dim) = cos.shape, query.shape
+    if len(shape) != 3 or shape != sin.shape or shape[0] not in (1, batch) or shape[1] != length:
         raise ValueError(
-            f"rotary must be cos and sin of shape (1 or {batch}, {length}, R/2), got {tuple(cos.shape)} and {tuple(sin.shape)}"
+            f"rotary must be cos and sin of shape (1 or {batch}, {length}, R/2), got {tuple(shape)} and {tuple(sin.shape)}"
         )
-    if not 0 < 2 * cos.shape[2] <= dim:
-        raise ValueError(f"rotary turns R = 2 x {cos.shape[2]} channels, but the head dimension is {dim}")
+    if not 0 < 2 * shape[2] <= dim:
+        raise ValueError(f"rotary turns R = 2 x {shape[2]} channels, but the head dimension is {dim}")
     if key.shape[2] != length:
         raise ValueError(
             f"rotary needs as many keys as queries, got {key.shape[2]} and {length}; rotate them before the call"

@@ -17,6 +17,24 @@ INPUTS = len(signature(passes.forward).parameters)
 BEFORE_NORM = INPUTS - len(NO_NORM)
 
 
+def _nobody_watches(x: Tensor) -> bool:
+    """Whether no compiler, dispatch mode, transform or tensor subclass has to see the ops: autograd alone does."""
+    return not (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _run_forward(inputs: tuple) -> tuple[Tensor, ...]:
+    """The op below autograd; without the dispatcher, which takes longer than some launches, where nobody watches."""
+    if _nobody_watches(inputs[0]):
+        return _forward(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return attention_forward(*inputs)
+
+
 def _remember(ctx, output: tuple[Tensor, ...], inputs: tuple) -> None:
     """Keep what the backward reads: FP8 operands, O and its row statistics, and what is no tensor of this call's size.
 
@@ -27,7 +45,7 @@ def _remember(ctx, output: tuple[Tensor, ...], inputs: tuple) -> None:
     query, key, value, *constants = operands
     q_norm, k_norm, ctx.norm_eps = norm + NO_NORM[len(norm) :]
     raw = (None, None) if q_norm is None else (query, key)
-    ctx.save_for_backward(*output[:8], *constants, *raw, q_norm, k_norm)
+    ctx.save_for_backward(*output, *constants, *raw, q_norm, k_norm)
     ctx.options = interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent
     ctx.dtypes = [query.dtype, key.dtype, value.dtype]
     ctx.mark_non_differentiable(*output[1:])
@@ -44,7 +62,8 @@ def _backward(ctx, grad_out: Tensor, packed: bool, *dtypes: torch.dtype) -> list
     _refuse_second_derivatives()
     *saved, query, key, q_norm, k_norm = ctx.saved_tensors
     norm = (query, key, q_norm, k_norm, ctx.norm_eps)
-    *grads, partial = attention_backward(grad_out, *saved, *ctx.options, packed, *dtypes, *norm)
+    run = _backward_pass if _nobody_watches(grad_out) else attention_backward
+    *grads, partial = run(grad_out, *saved, *ctx.options, packed, *dtypes, *norm)
     norm_grads: list[Tensor | None] = [None, None]
     if q_norm is not None:
         by_operand = partial.split((query.shape[1], key.shape[1]), dim=1)
@@ -61,8 +80,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            output = attention_forward(*inputs)
+        output = _run_forward(inputs)
         _remember(ctx, output, inputs)
         return output
 
@@ -78,8 +96,7 @@ class PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, packed, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            output = attention_forward(*inputs)
+        output = _run_forward(inputs)
         _remember(ctx, output, inputs)
         ctx.packed = packed.shape, packed.dtype
         return output
@@ -106,18 +123,27 @@ def _on_device_of_operands(run):
     return call
 
 
+_forward, _backward_pass = _on_device_of_operands(passes.forward), _on_device_of_operands(passes.backward)
+
 # Defined through a Library: the wrapper of `torch.library.custom_op` adds 0.4 ms of CPU time to every call (docs/kernels.md).
 _library = torch.library.Library("hf_geoscale", "FRAGMENT")
 for _name, _run, _fake, _mutated in (
-    ("fp8_attention", passes.forward, passes.fake_forward, ()),
-    ("fp8_attention_backward", passes.backward, passes.fake_backward, ("gradient_overflow",)),
+    ("fp8_attention", _forward, passes.fake_forward, ()),
+    ("fp8_attention_backward", _backward_pass, passes.fake_backward, ("gradient_overflow",)),
 ):
     _library.define(_name + torch.library.infer_schema(_run, mutates_args=_mutated))
-    _library.impl(_name, _on_device_of_operands(_run), "CompositeExplicitAutograd")
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hf_geoscale::{_name}", _fake, lib=_library)
 _library.impl("fp8_attention", _Attention.apply, "Autograd")
 attention_forward = torch.ops.hf_geoscale.fp8_attention
 attention_backward = torch.ops.hf_geoscale.fp8_attention_backward
+
+
+def attend(packed: Tensor | None, *inputs) -> tuple[Tensor, ...]:
+    """`attention_forward` of these inputs, with gradients; those of the operands as one of `packed`, where they are views of it."""
+    if packed is not None:
+        return PackedAttention.apply(packed, *(x.detach() for x in inputs[:3]), *inputs[3:])
+    return _Attention.apply(*inputs) if _nobody_watches(inputs[0]) else attention_forward(*inputs)
 
 
 def lse(shift: Tensor, row_sum: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Launches of the portable attention kernels. `hopper.launch` has the same three functions."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ ROTARY_ROWS = 64
 """Rows of one program that turns a gradient back."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Call:
-    """What the launches of one attention call share."""
+    """What the launches of one attention call share. Not to be changed; a frozen one takes five times as long to make."""
 
     q_quant_scale: Tensor  # (Hq,)
     k_quant_scale: Tensor  # (Hkv,)
@@ -43,12 +43,12 @@ class Call:
     sin: Tensor | None = None  # same shape and strides
     interleaved: bool = False
 
-    @property
+    @cached_property
     def turned(self) -> int:
         """Channels that RoPE turns."""
         return 0 if self.cos is None else 2 * self.cos.shape[-1]
 
-    @property
+    @cached_property
     def angle_strides(self) -> tuple[int, int]:
         """Strides of cos and sin along sequences and positions."""
         if self.cos is None:
@@ -75,17 +75,27 @@ class Call:
     @cached_property
     def flags(self) -> dict[str, bool | int]:
         """Compile-time arguments that all three kernels take."""
-        return {
-            "CAUSAL": self.causal,
-            "WINDOW": self.window > 0,
-            "RANGES": self.key_range is not None,
-            "HIGH": self.high,
-            "DROPOUT": self.dropout_p > 0,
-            "SOFTCAP": self.softcap > 0,
-            "LOGITS": self.logit_quant_scale is not None,
-            "D": self.dim,
-            "DP": self.padded_dim,
-        }
+        return _flags(
+            self.causal, self.window > 0, self.key_range is not None, self.high, self.dropout_p > 0, self.softcap > 0,
+            self.logit_quant_scale is not None, self.dim,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _flags(
+    causal: bool, window: bool, ranges: bool, high: bool, dropout: bool, softcap: bool, logits: bool, dim: int
+) -> dict[str, bool | int]:
+    return {
+        "CAUSAL": causal,
+        "WINDOW": window,
+        "RANGES": ranges,
+        "HIGH": high,
+        "DROPOUT": dropout,
+        "SOFTCAP": softcap,
+        "LOGITS": logits,
+        "D": dim,
+        "DP": padded_head_dim(dim),
+    }
 
 
 def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -34,11 +34,11 @@ def _observed() -> bool:
 
 def _kind(x: Any) -> Any:
     """What decides which code Triton compiles for an argument that is no integer, or more."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
     kind = type(x)
     if x is None or kind is float:  # no value of it is compiled in
         return kind
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
     return getattr(x, "tile", None) or (kind, x)  # a descriptor, or what is no number
 
 
@@ -48,7 +48,10 @@ def specialisation(arguments: tuple) -> list:
     Integers stand for themselves, which is more than their divisibility by 16 and their equality to 1; of a tensor its dtype and
     whether its address is a multiple of 16, of a descriptor what it was made with.
     """
-    return [x if type(x) is int else _kind(x) for x in arguments]
+    return [
+        x if (kind := type(x)) is int else (x.dtype, x.data_ptr() % 16 == 0) if kind is Tensor else _kind(x)
+        for x in arguments
+    ]
 
 
 class _Compiled(NamedTuple):

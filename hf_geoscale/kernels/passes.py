@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import hopper, launch
+from .counters import counters_of, empty_like_zeroed, v_norm_of, zeroed
 from .hadamard import SIGNS_MAX, hadamard_block, hadamard_signs
 from .launch import Call
 from .qk_norm_tile import empty_norm_gradient, norm_gradient
@@ -23,7 +24,8 @@ def _padded(length: int) -> int:
 def _like_heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Empty (B, H, L, D) over (B, L, H, D) memory: the layout Transformers works in, so that no copy follows."""
     batch, heads, length, dim = x.shape
-    return torch.empty(batch, length, heads, dim, dtype=dtype, device=x.device).transpose(1, 2)
+    row = heads * dim
+    return torch.empty_strided((batch, heads, length, dim), (length * row, dim, row, 1), dtype=dtype, device=x.device)
 
 
 def _packed_like(q8: Tensor, k8: Tensor, dtype: torch.dtype) -> Tensor:
@@ -33,12 +35,10 @@ def _packed_like(q8: Tensor, k8: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _call(
-    scales: tuple[Tensor, Tensor, Tensor], logit_quant_scale: Tensor | None, key_range: Tensor | None,
+    q_quant_scale: Tensor, k_quant_scale: Tensor, v_quant_scale: Tensor, logit_quant_scale: Tensor | None, key_range: Tensor | None,
     dropout_seed: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool, softmax_scale: float, softcap: float,
     causal: bool, window: int, dropout_p: float, incoherent: bool, high: bool, dim: int,
 ) -> Call:  # fmt: skip
-    q_quant_scale, k_quant_scale, v_quant_scale = (x.contiguous() for x in scales)  # kernels read them as plain arrays
-    logit_quant_scale = None if logit_quant_scale is None else logit_quant_scale.contiguous()
     mix = hadamard_block(dim) if incoherent else 0
     signs = hadamard_signs(min(padded_head_dim(dim), SIGNS_MAX), mix, q_quant_scale.device) if mix else None
     return Call(
@@ -51,7 +51,7 @@ def forward(
     query: Tensor,  # (B, Hq, Lq, D), any strides
     key: Tensor,  # (B, Hkv, Lk, D)
     value: Tensor,  # (B, Hkv, Lk, D)
-    q_quant_scale: Tensor,  # (Hq,)
+    q_quant_scale: Tensor,  # (Hq,), contiguous as all scales: kernels read them as plain arrays
     k_quant_scale: Tensor,  # (Hkv,)
     v_quant_scale: Tensor,  # (Hkv,)
     key_range: Tensor | None,  # (B, Lq, 2) int32, contiguous
@@ -73,20 +73,19 @@ def forward(
     q_norm: Tensor | None = None,  # (D,), contiguous: RMS norms of query and key
     k_norm: Tensor | None = None,
     norm_eps: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """FP8 attention by the fused kernels.
 
     Returns:
         out (B, Hq, Lq, D) in query's dtype; shift and row_sum (B, Hq, Lq) float32: row maximum of the base-2 logits less 8, and
-        Σ P̃; q8, k8 (B, H, L, D), k8's residual (empty unless `high`), v8 (B, Hkv, D, Lp); v_norm (B, Hkv), the largest 2-norm of a
-        row of v8; amax (Hq + 2·Hkv,) and overflow (4,) int64 of the casts of q, k, v and logits (empty unless `count`); logit_max
-        (Hq,) in natural units, before the soft cap and rounding (empty unless `observe` or with a logit_quant_scale).
+        Σ P̃; q8, k8 (B, H, L, D), k8's residual (empty unless `high`), v8 (B, Hkv, D, Lp); and the buffer of `counters`, with
+        overflow and amax if `count`, with logit_max if `observe` or with a logit_quant_scale.
     """
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
     device, e4m3 = query.device, torch.float8_e4m3fn
     call = _call(
-        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, cos, sin, interleaved,
+        q_quant_scale, k_quant_scale, v_quant_scale, logit_quant_scale, key_range, dropout_seed, cos, sin, interleaved,
         softmax_scale, softcap, causal, min(window, n_keys), dropout_p, incoherent, high, dim,
     )  # fmt: skip
     padded = _padded(n_keys)
@@ -94,11 +93,9 @@ def forward(
     k8 = torch.empty(key.shape, dtype=e4m3, device=device)
     residual = torch.empty(key.shape if high else (0,), dtype=e4m3, device=device)
     v8 = torch.empty(batch, kv_heads, dim, padded, dtype=e4m3, device=device)
-    v_norm = torch.zeros(batch, kv_heads, device=device)
-    amax = torch.zeros(heads + 2 * kv_heads, device=device) if count else torch.empty(0, device=device)
-    overflow = torch.zeros(4 if count else 0, dtype=torch.int64, device=device)
     observe = observe or logit_quant_scale is not None
-    logit_max = torch.zeros(heads, device=device) if observe else torch.empty(0, device=device)
+    counted = zeroed(batch, heads, kv_heads, count, observe, device)
+    overflow, amax, logit_max, v_norm = counters_of(counted, batch, heads, kv_heads, count, observe)
     grid = (batch * (heads + 2 * kv_heads), cdiv(max(n_queries, padded), QUANTIZE_ROWS))
     quantize_kernel[grid](
         query, key, value, *call.scales, call.signs, q8, k8, residual, v8, v_norm, amax, overflow, cos, sin, q_norm, k_norm,
@@ -112,7 +109,7 @@ def forward(
     row_sum = torch.empty_like(shift)
     kernels = hopper.launches_for(call, device, counters=observe) or launch
     kernels.forward(call, q8, k8, residual, v8, out, shift, row_sum, logit_max, overflow)
-    return out, shift, row_sum, q8, k8, residual, v8, v_norm, amax, overflow, logit_max
+    return out, shift, row_sum, q8, k8, residual, v8, counted
 
 
 def fake_forward(
@@ -133,10 +130,7 @@ def fake_forward(
         key.new_empty(key.shape, dtype=e4m3),
         key.new_empty(key.shape if high else (0,), dtype=e4m3),
         key.new_empty(batch, kv_heads, dim, padded, dtype=e4m3),
-        key.new_empty(batch, kv_heads, dtype=torch.float32),
-        query.new_empty(heads + 2 * kv_heads if count else 0, dtype=torch.float32),
-        query.new_empty(4 if count else 0, dtype=torch.int64),
-        query.new_empty(heads if observe or logit_quant_scale is not None else 0, dtype=torch.float32),
+        empty_like_zeroed(query, batch, heads, kv_heads, count, observe or logit_quant_scale is not None),
     )
 
 
@@ -149,7 +143,7 @@ def backward(
     k8: Tensor,  # (B, Hkv, Lk, D)
     residual: Tensor,  # (B, Hkv, Lk, D), or empty
     v8: Tensor,  # (B, Hkv, D, Lp)
-    v_norm: Tensor,  # (B, Hkv)
+    counted: Tensor,  # (N,) as the forward left it
     q_quant_scale: Tensor,
     k_quant_scale: Tensor,
     v_quant_scale: Tensor,
@@ -185,7 +179,7 @@ def backward(
     kv_heads, n_keys = k8.shape[1:3]
     device, high, survival = q8.device, residual.numel() > 0, 1 - dropout_p
     call = _call(
-        (q_quant_scale, k_quant_scale, v_quant_scale), logit_quant_scale, key_range, dropout_seed, cos, sin, interleaved,
+        q_quant_scale, k_quant_scale, v_quant_scale, logit_quant_scale, key_range, dropout_seed, cos, sin, interleaved,
         softmax_scale, softcap, causal, min(window, n_keys), dropout_p, incoherent, high, dim,
     )  # fmt: skip
     padded_dim, n_groups = call.padded_dim, cdiv(n_queries, GRADIENT_ROWS)
@@ -199,13 +193,13 @@ def backward(
     padded = _padded(n_queries)
     grad8 = torch.empty_like(q8)
     grad8_columns = torch.empty(batch, heads, dim, padded, dtype=q8.dtype, device=device)
-    row_factor, row_delta = torch.empty(2, batch, heads, n_queries, device=device)
-    group_delta, group_shift = torch.empty(2, batch, heads, padded, device=device)
+    row_factor, row_delta = torch.empty(2, batch, heads, n_queries, device=device).unbind()
+    group_delta, group_shift = torch.empty(2, batch, heads, padded, device=device).unbind()
     group = torch.empty(batch, heads, n_groups, 4, device=device)
     quantize_gradient_kernel[batch * heads, padded // QUANTIZE_ROWS](
-        grad_out, out, shift, row_sum, gradient_range, v_norm, call.scales[0], call.scales[2], grad8, grad8_columns, row_factor,
-        row_delta, group_delta, group_shift, group, *grad_out.stride(), *out.stride(), heads, kv_heads, n_queries, padded, n_groups,
-        softmax_scale, survival, GRADIENT_ROWS, dim, padded_dim, QUANTIZE_ROWS,
+        grad_out, out, shift, row_sum, gradient_range, v_norm_of(counted, batch, kv_heads), q_quant_scale, v_quant_scale, grad8,
+        grad8_columns, row_factor, row_delta, group_delta, group_shift, group, *grad_out.stride(), *out.stride(), heads, kv_heads,
+        n_queries, padded, n_groups, softmax_scale, survival, GRADIENT_ROWS, dim, padded_dim, QUANTIZE_ROWS,
     )  # fmt: skip
     v8_rows = torch.empty_like(k8)
     q8_columns, k8_columns = torch.empty_like(grad8_columns), torch.empty_like(v8)
@@ -238,7 +232,7 @@ def backward(
 
 
 def fake_backward(
-    grad_out, out, shift, row_sum, q8, k8, residual, v8, v_norm, q_quant_scale, k_quant_scale, v_quant_scale, key_range,
+    grad_out, out, shift, row_sum, q8, k8, residual, v8, counted, q_quant_scale, k_quant_scale, v_quant_scale, key_range,
     dropout_seed, gradient_overflow, logit_quant_scale, cos, sin, interleaved, softmax_scale, softcap, causal, window, dropout_p,
     incoherent, packed, q_dtype, k_dtype, v_dtype, query=None, key=None, q_norm=None, k_norm=None, norm_eps=0.0,
 ):  # fmt: skip

@@ -1,7 +1,11 @@
 """What an attention call saw: overflow counts and the share of each range in use. Tensors, so that no call waits for a GPU."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+from ..scaling.formats import E4M3
 
 
 class AttentionStatistics:
@@ -19,8 +23,11 @@ class AttentionStatistics:
     def reset(self) -> None:
         self._overflow: dict[str, Tensor] = {}
         self._cast_overflow: Tensor | None = None
-        self.range_used: dict[str, Tensor] = {}
-        self.latest: dict[str, Tensor] = {}
+        self._range_used: dict[str, Tensor] = {}
+        self._latest: dict[str, Tensor] = {}
+        self._amax: Tensor | None = None  # of q, k and v in FP8 units: what `_range_used` is still to be told
+        self._latest_amax: Tensor | None = None
+        self._counts: tuple[int, int, int] = (0, 0, 0)  # heads of q, k and v in these two
         self.logit_amax: Tensor | None = None
         self._gradient_overflow: Tensor | None = None
 
@@ -36,19 +43,45 @@ class AttentionStatistics:
         old = self._overflow.get(operand)
         self._overflow[operand] = count if old is None else old.to(count.device) + count
 
-    def add_cast_overflow(self, counts: Tensor) -> None:
-        """Add to the counts of q, k, v and logits, (4,) int64: what a fused forward counts, in one launch."""
+    def add_casts(
+        self,
+        overflow: Tensor,  # (4,) int64 of q, k, v and logits
+        amax: Tensor,  # (Hq + 2·Hkv or more,) largest |x·quant_scale| of q, k and v
+        counts: tuple[int, int, int],  # heads of q, k and v
+    ) -> None:
+        """Add what a fused forward counted. Ranges are divided and taken apart only when somebody reads them."""
         old = self._cast_overflow
-        self._cast_overflow = counts if old is None else old.to(counts.device) + counts
+        self._cast_overflow = overflow if old is None else _on_device_of(overflow, old) + overflow
+        self._counts, self._latest_amax = counts, amax
+        self._amax = amax if self._amax is None else torch.maximum(_on_device_of(amax, self._amax), amax)
 
     def add_range(self, operand: str, used: Tensor) -> None:
-        self.latest[operand] = used
-        old = self.range_used.get(operand)
-        self.range_used[operand] = used if old is None else torch.maximum(old.to(used.device), used)
+        self._latest[operand] = used
+        self._widen(operand, used)
+
+    def _widen(self, operand: str, used: Tensor) -> None:
+        old = self._range_used.get(operand)
+        self._range_used[operand] = used if old is None else torch.maximum(_on_device_of(used, old), used)
+
+    @property
+    def range_used(self) -> dict[str, Tensor]:
+        fold_ranges([self])
+        return self._range_used
+
+    @range_used.setter
+    def range_used(self, used: dict[str, Tensor]) -> None:
+        self._range_used, self._amax = used, None
+
+    @property
+    def latest(self) -> dict[str, Tensor]:
+        if self._latest_amax is not None:
+            self._latest |= _by_operand(self._latest_amax / E4M3.max, self._counts)
+            self._latest_amax = None
+        return self._latest
 
     def add_logits(self, amax: Tensor) -> None:
         old = self.logit_amax
-        self.logit_amax = amax if old is None else torch.maximum(old.to(amax.device), amax)
+        self.logit_amax = amax if old is None else torch.maximum(_on_device_of(amax, old), amax)
 
     @property
     def overflows_by_operand(self) -> dict[str, int]:
@@ -65,3 +98,22 @@ class AttentionStatistics:
     def overflows(self) -> int:
         """Overflow count of all operands as a number; waits for the device."""
         return sum(self.overflows_by_operand.values())
+
+
+def fold_ranges(statistics: Iterable[AttentionStatistics]) -> None:
+    """Bring `range_used` of each up to date, in one division for all of them."""
+    behind = [(s, s._amax) for s in statistics if s._amax is not None]
+    shares = torch._foreach_div([amax for _, amax in behind], E4M3.max) if behind else ()
+    for (s, _), used in zip(behind, shares, strict=True):
+        s._amax = None
+        for operand, share in _by_operand(used, s._counts).items():
+            s._widen(operand, share)
+
+
+def _by_operand(x: Tensor, counts: tuple[int, int, int]) -> dict[str, Tensor]:
+    parts = torch.split_with_sizes(x, (*counts, x.shape[0] - sum(counts)))
+    return dict(zip("qkv", parts[:3], strict=True))
+
+
+def _on_device_of(x: Tensor, old: Tensor) -> Tensor:
+    return old if old.device == x.device else old.to(x.device)

@@ -101,8 +101,8 @@ def poison(monkeypatch) -> None:
 
         return call
 
-    monkeypatch.setattr(fused.torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(fused.torch, "empty_like", poisoned(torch.empty_like))
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(fused.torch, name, poisoned(getattr(torch, name)))
 
 
 class TestBits:

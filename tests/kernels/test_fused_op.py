@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_geoscale import fp8_attention
 from hf_geoscale.kernels import AttentionStatistics, Visibility
@@ -93,6 +94,23 @@ class TestOp:
         saved = [x.detach() for x in fused.attention_forward(*forward)[:8]]
         backward = (saved[0], *saved, *constants, *numbers, packed, *3 * (leaves[0].dtype,))
         torch.library.opcheck(fused.attention_backward, backward, test_utils="test_faketensor")
+
+    def test_a_dispatch_mode_sees_both_ops(self):
+        """Without one the passes run past the dispatcher, to the same bits."""
+        seen = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                seen.append(func)
+                return func(*args, **(kwargs or {}))
+
+        leaves, options = operands({"rows": 40})
+        alone = run(leaves, options)
+        with Watch():
+            watched = run(leaves, options)
+        ops = torch.ops.hf_geoscale
+        assert [seen.count(op.default) for op in (ops.fp8_attention, ops.fp8_attention_backward)] == [1, 1]
+        assert all(torch.equal(a, b) for a, b in zip(alone, watched, strict=True))
 
     def test_autocast_changes_nothing(self):
         leaves, options = operands({})

@@ -89,7 +89,13 @@ def _signs(call: Call) -> TensorDescriptor | None:
 
 
 def _flags(call: Call) -> dict[str, bool | int]:
-    return {name: flag for name, flag in call.flags.items() if name not in ("HIGH", "DROPOUT", "SOFTCAP", "LOGITS")}
+    return _fewer_flags(call.causal, call.window > 0, call.key_range is not None, call.dim, call.padded_dim)
+
+
+@lru_cache(maxsize=64)
+def _fewer_flags(causal: bool, window: bool, ranges: bool, dim: int, padded_dim: int) -> dict[str, bool | int]:
+    """Those of `Call.flags` that these kernels have."""
+    return {"CAUSAL": causal, "WINDOW": window, "RANGES": ranges, "D": dim, "DP": padded_dim}
 
 
 def _turns_back(call: Call) -> bool:
