@@ -4,7 +4,8 @@
 
 Rows are written as they come; a call with the same --output adds what is missing, so that --methods and --seeds may share the work.
 Each seed sets the adapters' initial values, their dropout and the order of the data; every attention starts from the same adapters.
-The held-out loss is taken under the attention that trained and, of the same adapters, under SDPA: the second is of training alone.
+The held-out loss is taken under the attention that trained and, of the same adapters, under SDPA and under FP8: the last two, each
+compared across rows, are of training alone.
 BF16 autocast over a BF16 base (QLoRA: NF4 with double quantisation, bitsandbytes) with float32 adapters on q, k, v and o; AdamW;
 scales are refreshed after every step. On a CPU, scale down: --steps 2 --length 32 --batch 1 --held-out 1.
 """
@@ -29,12 +30,14 @@ RANK, ALPHA, DROPOUT = 16, 32, 0.05
 BF16 = "BF16 (SDPA)"
 PRECISIONS = {BF16: None, "FP8": "standard", 'FP8, precision="high"': "high"}
 """Attentions compared, and the precision that `patch_model` gets."""
-LAST_THIRD, OWN, UNDER_SDPA = "mean loss, last third", "held out", "held out, under SDPA"
-COLUMNS = ("adapters", "seed", "attention", LAST_THIRD, OWN, UNDER_SDPA, "overflows")
+LAST_THIRD, OWN = "mean loss, last third", "held out"
+UNDER_SDPA, UNDER_FP8 = "held out, under SDPA", "held out, under FP8"
+COLUMNS = ("adapters", "seed", "attention", LAST_THIRD, OWN, UNDER_SDPA, UNDER_FP8, "overflows")
 
 HISTORY = """\
 The page at commit 81bdab3 had 40 steps, and each attention's own forward alone. The steps, the column "under SDPA" and
-precision="high" came after it had been seen."""
+precision="high" came after it had been seen, and the column "under FP8" (precision="standard") after the page of 60 steps at
+91036ca."""
 
 
 def four_bit(linear: nn.Linear) -> nn.Module:
@@ -94,6 +97,14 @@ def train(model: Any, ids: Tensor, seed: int, arguments: argparse.Namespace) -> 
     return [float(x) for x in losses]
 
 
+def refuse_fallbacks(model: Any) -> list[dict]:
+    """Rows of the report. Raises RuntimeError where a layer ran on SDPA."""
+    layers = geometry_report(model).rows
+    if any(layer["fallback_calls"] for layer in layers):
+        raise RuntimeError("some attention ran on SDPA; the comparison would not be of FP8")
+    return layers
+
+
 def compare(method: str, seed: int, training: Tensor, held_out: Tensor, arguments: argparse.Namespace) -> list[dict]:
     """All attentions from the same adapters: a row each."""
     model = build(arguments.model, method, seed, training.device.type)
@@ -112,12 +123,13 @@ def compare(method: str, seed: int, training: Tensor, held_out: Tensor, argument
         row[OWN] = held_out_loss(model, held_out)
         row["overflows"] = None
         if precision is not None:
-            layers = geometry_report(model).rows
-            if any(layer["fallback_calls"] for layer in layers):
-                raise RuntimeError("some attention ran on SDPA; the comparison would not be of FP8")
-            row["overflows"] = sum(layer["overflows"] for layer in layers)
+            row["overflows"] = sum(layer["overflows"] for layer in refuse_fallbacks(model))
             unpatch_model(model)
         row[UNDER_SDPA] = held_out_loss(model, held_out)
+        patch_model(model)
+        row[UNDER_FP8] = held_out_loss(model, held_out)
+        refuse_fallbacks(model)
+        unpatch_model(model)
         rows.append(row)
     return rows
 
@@ -126,15 +138,15 @@ def summary(method: str, attention: str, rows: list[dict]) -> str:
     """Gaps of the held-out losses to BF16's, and the spreads that they are to be judged by."""
     baseline = [row[OWN] for row in rows if row["attention"] == BF16]
     said = []
-    for column in (OWN, UNDER_SDPA):
-        ours = [row[column] for row in rows if row["attention"] == attention]
-        gaps = [a - b for a, b in zip(ours, baseline, strict=True)]
+    for column in (OWN, UNDER_SDPA, UNDER_FP8):
+        ours, others = ([row[column] for row in rows if row["attention"] == name] for name in (attention, BF16))
+        gaps = [a - b for a, b in zip(ours, others, strict=True)]
         spread = f" ± {statistics.stdev(gaps):.4f}" if len(gaps) > 1 else ""
         said.append(f"{statistics.fmean(gaps):+.4f}{spread}")
     itself = f"BF16 itself spreads by {statistics.stdev(baseline):.4f}" if len(baseline) > 1 else "one seed, no spread"
     return (
-        f"{method}, {attention} − BF16: held-out gap {said[0]} nats; of what was trained, both under SDPA, {said[1]} "
-        f"(mean ± standard deviation over {len(baseline)} paired seeds; {itself})."
+        f"{method}, {attention} − BF16: held-out gap {said[0]} nats; of what was trained, both under SDPA, {said[1]}, "
+        f"both under FP8, {said[2]} (mean ± standard deviation over {len(baseline)} paired seeds; {itself})."
     )
 
 

@@ -63,21 +63,33 @@ def test_the_table(benchmark, monkeypatch, tmp_path, method):
     text = run(benchmark, monkeypatch, tmp_path / "adapters.md", method)
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {method}")]
     assert [row[1:3] for row in rows] == [[seed, kind] for seed in "01" for kind in benchmark.PRECISIONS]
-    own, under_sdpa = ([float(row[column]) for row in rows] for column in (4, 5))
+    own, under_sdpa, under_fp8 = ([float(row[column]) for row in rows] for column in (4, 5, 6))
     assert own[0] == under_sdpa[0]
     exact = [json.loads(line) for line in (tmp_path / "adapters.jsonl").read_text().splitlines()]
-    assert len({row[name] for row in exact if row["seed"] == 0 for name in ("held out", "held out, under SDPA")}) == 5
-    assert all(abs(loss - own[0]) < 0.05 * own[0] for loss in own + under_sdpa)
+    columns = [
+        [row[name] for row in exact if row["seed"] == 0]
+        for name in (benchmark.OWN, benchmark.UNDER_SDPA, benchmark.UNDER_FP8)
+    ]
+    assert columns[2][1] == columns[0][1]
+    assert len({loss for column in columns for loss in column}) == 7
+    assert all(abs(loss - own[0]) < 0.05 * own[0] for loss in own + under_sdpa + under_fp8)
     assert [row[-1] for row in rows] == ["–", "0", "0"] * 2
     assert f"- {method}, FP8 − BF16: held-out gap" in text
     assert "over 2 paired seeds" in text
 
 
 def test_the_summary_of_known_losses(benchmark):
-    known = (("BF16 (SDPA)", 2.0, 2.0), ("FP8", 2.1, 2.01), ("BF16 (SDPA)", 3.0, 3.0), ("FP8", 3.3, 3.0))
-    rows = [{"attention": kind, "held out": own, "held out, under SDPA": sdpa} for kind, own, sdpa in known]
+    known = (
+        ("BF16 (SDPA)", 2.0, 2.0, 2.0),
+        ("FP8", 2.1, 2.01, 2.1),
+        ("BF16 (SDPA)", 3.0, 3.0, 3.1),
+        ("FP8", 3.3, 3.0, 3.3),
+    )
+    names = ("attention", benchmark.OWN, benchmark.UNDER_SDPA, benchmark.UNDER_FP8)
+    rows = [dict(zip(names, values, strict=True)) for values in known]
     text = benchmark.summary("LoRA", "FP8", rows)
-    assert "gap +0.2000 ± 0.1414 nats; of what was trained, both under SDPA, +0.0050 ± 0.0071" in text
+    assert "gap +0.2000 ± 0.1414 nats; of what was trained, both under SDPA, +0.0050 ± 0.0071, " in text
+    assert "both under FP8, +0.1500 ± 0.0707 (mean" in text
     assert "over 2 paired seeds; BF16 itself spreads by 0.7071" in text
     assert "one seed, no spread" in benchmark.summary("LoRA", "FP8", rows[:2])
 
