@@ -51,7 +51,8 @@ class AttentionStatistics:
     ) -> None:
         """Add what a fused forward counted. Ranges are divided and taken apart only when somebody reads them."""
         old = self._cast_overflow
-        self._cast_overflow = overflow if old is None else _on_device_of(overflow, old) + overflow
+        # The first is cloned: torch.save refuses storage that tensors of two dtypes view.
+        self._cast_overflow = overflow.clone() if old is None else _on_device_of(overflow, old) + overflow
         self._counts, self._latest_amax = counts, amax
         self._amax = amax if self._amax is None else torch.maximum(_on_device_of(amax, self._amax), amax)
 

@@ -39,6 +39,15 @@ class TestBuffer:
             assert empty_like_zeroed(torch.ones(1), *shape).shape == buffer.shape
 
 
+def test_what_one_call_counted_can_be_saved(tmp_path):
+    shape = (5, *COUNTS[:2], True, True)
+    counters = counters_of(zeroed(*shape, CPU), *shape)
+    statistics = AttentionStatistics()
+    statistics.add_casts(counters.overflow, counters.amax, COUNTS)
+    torch.save(statistics, tmp_path / "statistics.pt")
+    assert torch.load(tmp_path / "statistics.pt", weights_only=False).overflows == 0
+
+
 class TestRanges:
     def test_are_those_of_dividing_each_call(self):
         statistics = AttentionStatistics()
