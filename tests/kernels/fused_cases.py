@@ -8,7 +8,7 @@ from hf_geoscale import fp8_attention
 from hf_geoscale.kernels.backend import triton_missing
 
 from ..tolerances import FUSED_ERROR, matrix_unit_error
-from .test_reference import draw, scales
+from .samples import draw, scales
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEEDS_KERNELS = [

@@ -5,7 +5,7 @@ import torch
 
 from hf_geoscale import fp8_attention
 
-from .test_reference import draw, scales
+from .samples import draw, scales
 
 
 def bad_calls():

@@ -9,7 +9,7 @@ from hf_geoscale.kernels.backend import triton_missing
 
 from ..tolerances import FLOAT32_ROUNDOFF, OUTPUT_ERROR, matrix_unit_error
 from .fused_cases import DEVICE, NEEDS_KERNELS, agree, operands, ranges, run
-from .test_reference import relative, scales
+from .samples import relative, scales
 
 pytestmark = NEEDS_KERNELS
 if triton_missing(DEVICE) is None:

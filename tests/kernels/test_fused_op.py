@@ -11,7 +11,7 @@ from hf_geoscale.kernels.backend import resolve_backend, triton_missing
 
 from ..tolerances import FUSED_ERROR, OUTPUT_ERROR
 from .fused_cases import DEVICE, NEEDS_KERNELS, operands, ranges, run
-from .test_reference import exact, relative
+from .samples import exact, relative
 
 pytestmark = NEEDS_KERNELS
 if triton_missing(DEVICE) is None:

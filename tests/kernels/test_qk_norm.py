@@ -15,8 +15,8 @@ from hf_geoscale.kernels.qk_norm import QKNorm, normalise_and_rotate, rms_norm
 
 from ..tolerances import BF16_LOSSES, FLOAT32_ROUNDOFF, FUSED_ERROR, GRADIENT_ERROR, OUTPUT_ERROR
 from .fused_cases import DEVICE, NEEDS_KERNELS, agree, operands
+from .samples import exact, relative, scales
 from .test_fused import poison
-from .test_reference import exact, relative, scales
 from .test_rotary import angles
 
 if triton_missing(DEVICE) is None:

@@ -6,7 +6,7 @@ from hf_geoscale import fp8_attention
 from hf_geoscale.kernels import AttentionStatistics
 
 from ..tolerances import FLOAT32_ROUNDOFF, GRADIENT_ERROR
-from .test_reference import draw, relative, scales
+from .samples import draw, relative, scales
 
 
 class TestQuantisedLogits:

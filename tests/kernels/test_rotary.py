@@ -10,7 +10,7 @@ from hf_geoscale.kernels.rotary import rotate
 
 from ..tolerances import FUSED_ERROR
 from .fused_cases import DEVICE, NEEDS_KERNELS, agree, operands, run
-from .test_reference import draw, relative, scales
+from .samples import draw, relative, scales
 
 
 def angles(length: int, turned: int, batch: int = 1, dtype: torch.dtype = torch.float32, factor: float = 1.0):

@@ -15,7 +15,7 @@ from hf_geoscale.scaling import E4M3
 
 from ..tolerances import FLOAT32_ROUNDOFF, FUSED_LOGITS, GRADIENT_ERROR, OUTPUT_ERROR
 from .fused_cases import DEVICE, NEEDS_KERNELS, agree, operands, ranges, run
-from .test_reference import draw, relative, scales
+from .samples import draw, relative, scales
 
 if triton_missing(DEVICE) is None:
     import triton
