@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import passes
 from .reference import PROBABILITY_QUANT_SCALE
+from .replay import repeated
 
 NO_NORM: tuple = (None, None, 0.0)
 """Defaults of the last inputs, the norms' weights and epsilon: the dispatcher does not pass on what equals its default."""
@@ -123,7 +124,8 @@ def _on_device_of_operands(run):
     return call
 
 
-_forward, _backward_pass = _on_device_of_operands(passes.forward), _on_device_of_operands(passes.backward)
+_forward = _on_device_of_operands(repeated(passes.forward))
+_backward_pass = _on_device_of_operands(repeated(passes.backward))
 
 # Defined through a Library: the wrapper of `torch.library.custom_op` adds 0.4 ms of CPU time to every call (docs/kernels.md).
 _library = torch.library.Library("hf_geoscale", "FRAGMENT")
