@@ -1,8 +1,8 @@
 """Kernel launches without what Triton does in Python for each: binding and specialising thirty arguments costs more than a launch.
 
 The first launch of a specialisation goes through Triton; `DirectKernel` keeps the compiled kernel that it returns and calls it with
-the same arguments from then on. `descriptor` does the same for TMA descriptors, which Triton validates one by one. `recording` notes
-launches for `replay`, and `repeatable` takes what is still Python between a compiled kernel and the driver away from them.
+the same arguments from then on. `descriptor` does the same for TMA descriptors, which Triton validates one by one. `recording`
+keeps launches for `replay`, and `repeatable` takes what is still Python between a compiled kernel and the driver away from them.
 """
 
 import threading
@@ -214,7 +214,8 @@ def repeatable(launched: Launched) -> tuple[Callable[[int, list], object], list]
     With Triton 3.6 that function is its C launcher: descriptors become the driver's tensor maps, with their shapes and strides. C
     code takes addresses for tensors, and does not ask the driver about them.
     """
-    kernel, compiled, (x, y, z), arguments = launched._replace(grid=(*launched.grid, 1, 1)[:3])
+    compiled, arguments = launched.compiled, launched.arguments
+    x, y, z = (*launched.grid, 1, 1)[:3]
     listed = [_described(a) if hasattr(a, "block_shape") else a for a in arguments]
     run, function, metadata = compiled.run, compiled.function, compiled.metadata
     found = _c_launcher(run) if RELEASE == (3, 6) else None

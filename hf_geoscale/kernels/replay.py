@@ -85,7 +85,9 @@ class _Memory:
             self._bases[_storage(x)] = slot, x.data_ptr()
             self.makers.append(_maker_of(x, zeroed))
         for wanted in (False, True):
-            self._add_workspace([x for x, zeroed in inner.values() if zeroed is wanted], wanted, len(inputs) + len(self.makers))
+            self._add_workspace(
+                [x for x, zeroed in inner.values() if zeroed is wanted], wanted, len(inputs) + len(self.makers)
+            )
 
     def _add_workspace(self, tensors: list[Tensor], zeroed: bool, slot: int) -> None:
         start = 0
