@@ -217,7 +217,8 @@ def repeatable(launched: Launched) -> tuple[Callable[[int, list], object], list]
     compiled, arguments = launched.compiled, launched.arguments
     x, y, z = (*launched.grid, 1, 1)[:3]
     listed = [_described(a) if hasattr(a, "block_shape") else a for a in arguments]
-    run, function, metadata = compiled.run, compiled.function, compiled.metadata
+    run: Any = compiled.run
+    function, metadata = compiled.function, compiled.metadata
     found = _c_launcher(run) if RELEASE == (3, 6) else None
     if found is None:
         rest: tuple = (function, metadata, None, None, None)
@@ -247,7 +248,8 @@ def _c_launcher(run: Any) -> tuple[Callable, Callable[[list], list]] | None:
 
 def _expand(make: Callable[[Any, Any], list], layouts: list, arguments: list) -> list:
     """Arguments with the parts that Triton hands to C for each descriptor: a tensor map, shape and strides."""
-    expanded, remaining = [], iter(layouts)
+    expanded: list = []
+    remaining = iter(layouts)
     for a in arguments:
         if type(a) is Described:
             layout = next(remaining)

@@ -177,7 +177,8 @@ class Plan:
 
 def _signature(inputs: tuple) -> tuple[tuple, list[int]]:
     """What a plan holds for, and what it does not: the addresses of the tensors. Whether they are aligned is compiled in."""
-    signature, addresses = [], []
+    signature: list = []
+    addresses: list[int] = []
     for x in inputs:
         if isinstance(x, Tensor):
             address = x.data_ptr()
@@ -192,10 +193,11 @@ def _record(run: Callable, inputs: tuple) -> tuple[tuple[Tensor, ...], Plan | No
     """Run a pass; its outputs, and its plan if it has one."""
     with launcher.recording() as launches, _Allocations() as allocations:
         outputs = run(*inputs)
-    if allocations.others or any(launched is None for launched in launches):
+    direct = [launched for launched in launches if launched is not None]
+    if allocations.others or len(direct) < len(launches):
         return outputs, None
     try:
-        return outputs, Plan([x for x in inputs if isinstance(x, Tensor)], outputs, allocations.made, launches)
+        return outputs, Plan([x for x in inputs if isinstance(x, Tensor)], outputs, allocations.made, direct)
     except Unrepeatable:
         return outputs, None
 
