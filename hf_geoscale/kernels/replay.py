@@ -6,7 +6,7 @@ what it launches. Later ones allocate, put today's addresses into the recorded a
 """
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -95,8 +95,13 @@ class _Memory:
             self._bases[_storage(x)] = slot, x.data_ptr() - start
             start += -(-x.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
         if start:
-            make = torch.zeros if zeroed else torch.empty
-            self.makers.append(partial(make, start // 4, dtype=torch.float32, device=tensors[0].device))
+            device = tensors[0].device
+            words = start // 4  # a fill of words is faster than one of bytes
+            self.makers.append(
+                (lambda: torch.zeros(words, device=device))
+                if zeroed
+                else (lambda: torch.empty(start, dtype=torch.uint8, device=device))
+            )
 
     def place(self, x: Tensor) -> tuple[int, int] | None:
         """Slot and byte; None: at its address for good."""
@@ -115,9 +120,10 @@ class _Memory:
 
 
 def _maker_of(x: Tensor, zeroed: bool) -> Callable[[], Tensor]:
+    shape, stride, dtype, device = x.shape, x.stride(), x.dtype, x.device
     if zeroed:
-        return partial(torch.zeros, x.shape, dtype=x.dtype, device=x.device)
-    return partial(torch.empty_strided, x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        return lambda: torch.zeros(shape, dtype=dtype, device=device)
+    return lambda: torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 class _Launch:
