@@ -55,9 +55,7 @@ class MapBounds:
     factors: list[float]  # of each map
 
 
-def measure_maps(
-    maps: Sequence[Projection], arithmetic: Arithmetic, kernels: MatrixKernels | None = None
-) -> MapBounds:
+def measure_maps(maps: Sequence[Projection], arithmetic: Arithmetic, kernels: MatrixKernels | None = None) -> MapBounds:
     """Gram matrices and certificates of maps with one head dimension on one device, in their order.
 
     Args:

@@ -20,7 +20,9 @@ BLOCK = 64
 CAPABILITY_WITH_BF16 = (8, 0)
 """First CUDA compute capability whose matrix units multiply BF16."""
 
-IN_INTERPRETER = tl.constexpr(INTERPRETED)  # whose casts to bfloat16 truncate, and whose `dot` multiplies its bit patterns
+IN_INTERPRETER = tl.constexpr(
+    INTERPRETED
+)  # whose casts to bfloat16 truncate, and whose `dot` multiplies its bit patterns
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -54,9 +56,13 @@ def gram_kernel(
 ):
     p_entry = p_table + 3 * tl.program_id(0)
     rows, factors, place = tl.load(p_entry), tl.load(p_entry + 1), tl.load(p_entry + 2)
-    if ALIGNED:
-        rows, factors = tl.multiple_of(rows, 16), tl.multiple_of(factors, 16)
     p_rows = rows.to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        p_rows = tl.multiple_of(p_rows, 16)
+    if FACTOR is not None:
+        p_factors = factors.to(tl.pointer_type(FACTOR))
+        if ALIGNED:
+            p_factors = tl.multiple_of(p_factors, 16)
     o_row, o_column = tl.arange(0, DP), tl.arange(0, BLOCK)
     total = tl.zeros((DP, DP), tl.float32)
     for start in range(0, width, PART):
@@ -67,8 +73,7 @@ def gram_kernel(
             # (DP, BLOCK)
             b_rows = tl.load(p_rows + o_row[:, None] * width + columns[None, :], mask=inside, other=0.0)
             if FACTOR is not None:
-                p_factors = factors.to(tl.pointer_type(FACTOR)) + columns
-                b_factors = tl.load(p_factors, mask=columns < width, other=0.0).to(tl.float32)
+                b_factors = tl.load(p_factors + columns, mask=columns < width, other=0.0).to(tl.float32)
                 b_rows = b_rows.to(tl.float32) * b_factors[None, :]
             b_scaled = _round_to_bfloat16(b_rows.to(tl.float32))
             part = tl.dot(b_scaled, tl.trans(b_scaled), part)
@@ -81,7 +86,7 @@ def gram_kernel(
 def takes(dim: int, device: torch.device) -> bool:
     """Whether the kernels here and in `spectral` run for D × D matrices on a device."""
     if dim > DIM_MAX or INTERPRETED:
-        return dim <= DIM_MAX
+        return dim <= DIM_MAX and device.type == "cpu"  # whose addresses the interpreter can follow
     usable = device.type == "cuda" and torch.version.hip is None
     return usable and torch.cuda.get_device_capability(device) >= CAPABILITY_WITH_BF16
 
@@ -90,9 +95,7 @@ def can_read(weight: Tensor, factors: Tensor | None) -> bool:
     """Whether `grams` reads these (H, D, d) and (d,): of 16 or 32 bits, each head's rows and the factors in one piece."""
     if weight.dtype not in _TYPES or weight.stride()[1:] != (weight.shape[2], 1):
         return False
-    return factors is None or (
-        factors.dtype in _TYPES and factors.is_contiguous() and factors.device == weight.device
-    )
+    return factors is None or (factors.dtype in _TYPES and factors.is_contiguous() and factors.device == weight.device)
 
 
 def warps(padded: int) -> int:

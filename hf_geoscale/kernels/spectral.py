@@ -26,6 +26,7 @@ def _frobenius(power):
     return tl.where(norm < NORM_MIN, NORM_MIN, norm)  # NaN stays NaN
 
 
+@DirectKernel
 @triton.jit
 def norm_bound_kernel(
     p_gram,  # (N, D, D) float32
@@ -44,7 +45,7 @@ def norm_bound_kernel(
     power = gram * (1 / unit).to(tl.float32)
     norm = _frobenius(power)
     log_norms, weight = tl.log(unit) + tl.log(norm), 1.0
-    for k in tl.static_range(1, SQUARINGS):
+    for _ in tl.static_range(1, SQUARINGS):
         half = (power * (1 / norm).to(tl.float32)).to(tl.float16)
         power = tl.dot(half, tl.trans(half))
         norm = _frobenius(power)
@@ -58,6 +59,7 @@ def norm_bound_kernel(
     tl.store(p_bound + i, tl.where(trace <= TRACE_MAX, bound, float("nan")))
 
 
+@DirectKernel
 @triton.jit
 def power_iteration_kernel(
     p_gram_q,  # (N·Hq, D, D) float32
