@@ -13,11 +13,13 @@ from .spectral import (
     start_vectors,
     trace_power_bound,
 )
+from .tensor_cores import MatrixKernels
 
 __all__ = [
     "UNIT_ROUNDOFF",
     "LayerGeometry",
     "LayerMaps",
+    "MatrixKernels",
     "Projection",
     "alpha_min",
     "entry_bound",

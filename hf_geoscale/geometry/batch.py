@@ -7,18 +7,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .certificates import ROUNDING_MARGIN, UNIT_ROUNDOFF, Projection
-from .spectral import ROUNDING_ALLOWANCE, gram, sigma_upper
+from .spectral import ROUNDING_ALLOWANCE, SQUARINGS, gram, sigma_upper
 from .tensor_cores import (
     BF16_ROUNDOFF,
     SLACK,
+    SUM_WIDTH,
     UNDERFLOW,
+    MatrixKernels,
+    half_looseness,
     half_trace_power_bound,
     partition,
     products,
@@ -52,48 +55,86 @@ class MapBounds:
     factors: list[float]  # of each map
 
 
-def measure_maps(maps: Sequence[Projection], arithmetic: Arithmetic) -> MapBounds:
-    """Gram matrices and certificates of maps with one head dimension on one device, in their order."""
+def measure_maps(maps: Sequence[Projection], arithmetic: Arithmetic, kernels: MatrixKernels | None = None) -> MapBounds:
+    """Gram matrices and certificates of maps with one head dimension on one device, in their order.
+
+    Args:
+        kernels: take the place of torch on tensor cores.
+    """
     heads = tuple(p.weight.shape[0] for p in maps)
     device = maps[0].weight.device
     if arithmetic == "float64":
         grams, factors = torch.cat([gram(p.matrix()) for p in maps]), [1.0] * len(maps)
         sigma = sigma_upper(grams)
         frobenius = _trace(grams).sqrt() * (1 + ROUNDING_ALLOWANCE)
+        reach = _per_head([math.sqrt(p.weight.shape[-1]) for p in maps], heads, device)
+        bound = reach * (1 + ROUNDING_MARGIN) * (sigma + UNIT_ROUNDOFF * frobenius)
     else:
-        grams, factors = _float32_grams(maps, heads), [p.rotary_factor for p in maps]
-        allowance = _per_head([SLACK * sum_error(p.weight.shape[-1]) for p in maps], heads, device)
-        trace = _trace(grams)
-        sigma = (half_trace_power_bound(grams) + allowance * trace).sqrt() + UNDERFLOW
-        frobenius = (trace * (1 + allowance)).sqrt()
-    reach = _per_head([f * math.sqrt(p.weight.shape[-1]) for f, p in zip(factors, maps, strict=True)], heads, device)
-    rounding = _per_head([_rounding(p, arithmetic) for p in maps], heads, device)
-    bound = reach * (sigma + rounding * frobenius)
+        grams, factors = _float32_grams(maps, heads, kernels), [p.rotary_factor for p in maps]
+        coefficients = _constants(tuple([_coefficients(p) for p in maps]), heads, device)
+        bounds = _norm_bounds if kernels is None else kernels.norm_bounds
+        bound = bounds(grams, coefficients, SQUARINGS)
     offsets, shifted = _offsets(maps, heads)
     if shifted is not None:
-        bound = bound + shifted
+        bound = bound + shifted * (1 + ROUNDING_MARGIN)
     own = [None if c is None else c / f if f != 1 else c for c, f in zip(offsets, factors, strict=True)]
-    return MapBounds(grams, bound * (1 + ROUNDING_MARGIN), own, factors)
+    return MapBounds(grams, bound, own, factors)
 
 
-def _rounding(projection: Projection, arithmetic: Arithmetic) -> float:
+def _norm_bounds(grams: Tensor, coefficients: Tensor, squarings: int) -> Tensor:
+    """As `MatrixKernels.norm_bounds`, in torch."""
+    _, error, smallest, of_sigma, of_frobenius = coefficients.unbind(1)
+    trace = _trace(grams)
+    sigma = (half_trace_power_bound(grams, squarings) + error * trace).sqrt() + smallest
+    return of_sigma * sigma + of_frobenius * (trace * (1 + error)).sqrt()
+
+
+def _coefficients(p: Projection) -> tuple[float, ...]:
+    """L, ε, u, a, b of `MatrixKernels.norm_bounds` that make it the certificate of a map without offset."""
+    return _coefficients_of(*p.weight.shape[1:], p.weight.dtype, p.rotary_factor)
+
+
+@lru_cache(maxsize=256)
+def _coefficients_of(dim: int, width: int, dtype: torch.dtype, factor: float) -> tuple[float, ...]:
+    reach = factor * math.sqrt(width) * (1 + ROUNDING_MARGIN)
+    return half_looseness(dim), SLACK * sum_error(width), UNDERFLOW, reach, reach * _rounding(dtype)
+
+
+def _rounding(dtype: torch.dtype) -> float:
     """What ‖A‖_F is multiplied by: the cast of W to BF16 when the model runs, and of A when its Gram matrix was taken.
 
     A weight stored in BF16 is cast in neither case but the second, and one in float64 only in the first.
     """
-    if arithmetic == "float64" or projection.weight.dtype == torch.float64:
+    if dtype == torch.float64:
         return UNIT_ROUNDOFF
-    return SLACK * BF16_ROUNDOFF * (1 if projection.weight.dtype == torch.bfloat16 else 2)
+    return SLACK * BF16_ROUNDOFF * (1 if dtype == torch.bfloat16 else 2)
 
 
 def _trace(grams: Tensor) -> Tensor:
     return grams.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
 
 
-def _float32_grams(maps: Sequence[Projection], heads: tuple[int, ...]) -> Tensor:
-    """Ĝ of every head, (N, D, D) float32, `WORKSPACE` entries of the weights at a time."""
+def _float32_grams(maps: Sequence[Projection], heads: tuple[int, ...], kernels: MatrixKernels | None) -> Tensor:
+    """Ĝ of every head, (N, D, D) float32; in torch `WORKSPACE` entries of the weights at a time."""
     dim, device = maps[0].weight.shape[1], maps[0].weight.device
     grams = torch.empty(sum(heads), dim, dim, dtype=torch.float32, device=device)
+    if kernels is None:
+        _grams_in_torch(maps, grams)
+        return grams
+    rows = []
+    for p, place in zip(maps, accumulate(heads, initial=0), strict=False):
+        if kernels.can_read(p.weight, p.norm_gain):
+            rows.append((p.weight, p.norm_gain, place))
+        else:
+            _grams_in_torch([p], grams[place : place + p.weight.shape[0]])
+    kernels.grams(rows, grams, SUM_WIDTH)
+    return grams
+
+
+def _grams_in_torch(
+    maps: Sequence[Projection],
+    out: Tensor,  # (N, D, D) float32
+) -> None:
     start = 0
     for width, run in groupby(maps, key=lambda p: 0 if p.weight.dtype == torch.float64 else p.weight.shape[-1]):
         for batch in [[p] for p in run] if width == 0 else _batches(list(run), WORKSPACE):
@@ -101,11 +142,10 @@ def _float32_grams(maps: Sequence[Projection], heads: tuple[int, ...]) -> Tensor
             if width == 0:  # small or read by dequantising: q/k norms, adapters
                 (p,) = batch
                 weight = p.weight.detach() if p.norm_gain is None else p.weight.detach() * p.norm_gain.detach().double()
-                grams[start:stop] = gram(weight)
+                out[start:stop] = gram(weight)
             else:
-                _scaled_grams(batch, grams[start:stop])
+                _scaled_grams(batch, out[start:stop])
             start = stop
-    return grams
 
 
 def _batches(maps: list[Projection], entries: int) -> list[list[Projection]]:
@@ -165,7 +205,7 @@ def _per_head(values: Sequence[float], heads: tuple[int, ...], device: torch.dev
 
 
 @lru_cache(maxsize=64)
-def _constants(values: tuple[float, ...], heads: tuple[int, ...], device: torch.device) -> Tensor:
+def _constants(values: tuple, heads: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         repeated = [value for value, count in zip(values, heads, strict=True) for _ in range(count)]
         return torch.tensor(repeated, dtype=torch.float64).to(device)

@@ -17,6 +17,7 @@ from .spectral import (
     interaction_sigma_upper,
     start_vectors,
 )
+from .tensor_cores import MatrixKernels
 
 GRAM_ENTRIES = 2**24
 """Entries of Gram matrices measured together; the chain over them holds about four such buffers, 256 MiB in float32."""
@@ -124,6 +125,7 @@ def measure_layers(
     headroom: float = 1.0,
     interaction: bool = False,
     arithmetic: Arithmetic | None = None,
+    kernels: MatrixKernels | None = None,
 ) -> list[LayerGeometry]:
     """Bounds of many layers, each as if it were measured alone (up to round-off), in about as many operations as of one.
 
@@ -133,6 +135,7 @@ def measure_layers(
         headroom: factor the scales leave above the certificates, for `weight_drift`.
         interaction: also measure `worst_case_logit`.
         arithmetic: None decides by layer (`arithmetic_of`).
+        kernels: used on tensor cores, where they take the shape and the device; else torch.
     Raises:
         ValueError: q and k of different widths.
     """
@@ -146,11 +149,12 @@ def measure_layers(
         heads = tuple(p.weight.shape[:2] for p in layer.projections)
         groups.setdefault((way, query.weight.device, heads), []).append(index)
     found: dict[int, LayerGeometry] = {}
-    for (way, _, heads), members in groups.items():
+    for (way, device, heads), members in groups.items():
         together = max(1, GRAM_ENTRIES // sum(h * dim**2 for h, dim in heads))
         for start in range(0, len(members), together):
             batch = members[start : start + together]
-            found |= zip(batch, _measure_together([layers[i] for i in batch], headroom, way), strict=True)
+            usable = kernels if way == "tensor cores" and kernels and kernels.takes(heads[0][1], device) else None
+            found |= zip(batch, _measure_together([layers[i] for i in batch], headroom, way, usable), strict=True)
     if interaction:
         for index, layer in enumerate(layers):
             worst_case = measure_interaction(layer.query, layer.key, layer.softmax_scale)[1]
@@ -158,14 +162,16 @@ def measure_layers(
     return [found[index] for index in range(len(layers))]
 
 
-def _measure_together(layers: Sequence[LayerMaps], headroom: float, arithmetic: Arithmetic) -> list[LayerGeometry]:
+def _measure_together(
+    layers: Sequence[LayerMaps], headroom: float, arithmetic: Arithmetic, kernels: MatrixKernels | None
+) -> list[LayerGeometry]:
     """Geometry of layers of one shape on one device."""
     count, heads = len(layers), [p.weight.shape[0] for p in layers[0].projections]
     maps = [layer.projections[i] for i in range(3) for layer in layers]  # every q, then every k, then every v
-    measured = measure_maps(maps, arithmetic)
+    measured = measure_maps(maps, arithmetic, kernels)
     sizes = [count * h for h in heads]
     bounds = [part.view(count, -1).unbind() for part in measured.bound.split(sizes)]
-    lower, vectors = _interactions(layers, measured)
+    lower, vectors = _interactions(layers, measured, kernels)
     drifts: list[Tensor | None] = [None] * count
     if headroom > 1:
         certificates = [bound for part in bounds for bound in part]
@@ -175,7 +181,9 @@ def _measure_together(layers: Sequence[LayerMaps], headroom: float, arithmetic: 
     return [LayerGeometry(*fields) for fields in zip(*bounds, scales, lower, vectors, drifts, strict=True)]
 
 
-def _interactions(layers: Sequence[LayerMaps], measured: MapBounds) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _interactions(
+    layers: Sequence[LayerMaps], measured: MapBounds, kernels: MatrixKernels | None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """`sigma_lower` and the next start vectors of each layer, by power iteration on the Gram matrices alone."""
     count, (heads, dim, _), kv_heads = len(layers), layers[0].query.weight.shape, layers[0].key.weight.shape[0]
     gram_q, gram_k = measured.grams[: count * heads], measured.grams[count * heads :][: count * kv_heads]
@@ -186,7 +194,8 @@ def _interactions(layers: Sequence[LayerMaps], measured: MapBounds) -> tuple[tup
         cold, rounds = start_vectors(heads, dim), COLD_ROUNDS
         vectors = [cold if v is None or v.shape != (heads, dim) else v for v in vectors]
     start = torch.cat([v.to(gram_q) for v in vectors if v is not None])
-    lower, vectors_next = gram_power_iteration(gram_q, gram_k, start, rounds)
+    iterate = gram_power_iteration if kernels is None else kernels.power_iteration
+    lower, vectors_next = iterate(gram_q, gram_k, start, rounds)
     lower = lower.double().view(count, heads)
     factors = [measured.factors[i] * measured.factors[count + i] for i in range(count)]
     parts = [part if factor == 1 else part * factor for part, factor in zip(lower.unbind(), factors, strict=True)]

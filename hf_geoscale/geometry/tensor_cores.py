@@ -14,7 +14,9 @@ like. TF32 reads BF16 and FP16 numbers exactly, so no flag of torch can lower a 
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +45,28 @@ SLACK = 1.01
 """Factor on allowances for what is of second order in them (K·2⁻²³ ≤ 2⁻⁷ for K ≤ 2¹⁶)."""
 
 
+class MatrixKernels(Protocol):
+    """Kernels that do what this module does in torch, for all matrices in one launch each."""
+
+    def takes(self, dim: int, device: torch.device) -> bool:
+        """Whether the others run for matrices of this size there."""
+
+    def can_read(self, weight: Tensor, factors: Tensor | None) -> bool:
+        """Whether `grams` reads these, (H, D, d) and (d,)."""
+
+    def grams(self, rows: Sequence[tuple[Tensor, Tensor | None, int]], out: Tensor, part: int) -> None:
+        """Write Ĝ of each weight with its gain, at its place in `out` (N, D, D) float32, at most `part` products in a sum."""
+
+    def norm_bounds(self, grams: Tensor, coefficients: Tensor, squarings: int) -> Tensor:
+        """a·(√(L·λ + ε·tr G) + u) + b·√((1 + ε)·tr G), (N,) float64, from (N, D, D) and L, ε, u, a, b: (N, 5) float64.
+
+        L·λ is `half_trace_power_bound`, L `half_looseness`.
+        """
+
+    def power_iteration(self, gram_q: Tensor, gram_k: Tensor, vectors: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+        """As `spectral.gram_power_iteration`."""
+
+
 @lru_cache
 def partition(width: int) -> tuple[int, int]:
     """(C, K): rows of `width` = C·K entries in as few equal parts as keep K ≤ SUM_WIDTH; one part where nothing divides it."""
@@ -54,8 +78,9 @@ def partition(width: int) -> tuple[int, int]:
 
 @lru_cache
 def sum_error(width: int) -> float:
-    """ε of a Gram matrix of rows of this width: ‖Ĝ − Â Âᵀ‖_F ≤ ε‖Â‖_F²."""
-    return SLACK * sum(partition(width)) * ADDITION
+    """ε of a Gram matrix of rows of this width: ‖Ĝ − Â Âᵀ‖_F ≤ ε‖Â‖_F², in equal parts or in parts of `SUM_WIDTH`."""
+    parts = max(sum(partition(width)), min(width, SUM_WIDTH) + math.ceil(width / SUM_WIDTH))
+    return SLACK * parts * ADDITION
 
 
 def products(

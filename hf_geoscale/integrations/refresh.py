@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import NonFiniteWeightsError, UnsupportedModelError
-from ..geometry import LayerGeometry, LayerMaps, measure_layers
+from ..geometry import LayerGeometry, LayerMaps, MatrixKernels, measure_layers
+from ..kernels.backend import TRITON_INSTALLED
 from ..kernels.statistics import fold_ranges
 from ..scaling import refresh_together
 from .sharding import refuse_parallelism
@@ -73,6 +75,15 @@ def _exact_arithmetic() -> Iterator[None]:
         yield
 
 
+@cache
+def _matrix_kernels() -> MatrixKernels | None:
+    if not TRITON_INSTALLED:
+        return None
+    from ..kernels import spectral  # imports Triton
+
+    return spectral
+
+
 class Measurement:
     """Geometry of today's weights of some layers of one model; changes nothing before `install`.
 
@@ -104,7 +115,8 @@ class Measurement:
     def _measure(self, batch: list[LayerMaps]) -> None:
         """Measure these layers and forget their weights."""
         first = self.layers[0]
-        self.geometries += measure_layers(batch, first.config.headroom, first.scaling.needs_interaction)
+        headroom, interaction = first.config.headroom, first.scaling.needs_interaction
+        self.geometries += measure_layers(batch, headroom, interaction, kernels=_matrix_kernels())
 
     def _summary(self) -> Tensor:
         """[all finite, budgets of weight drift, largest weights], the latter two by layer and with headroom only."""

@@ -29,9 +29,9 @@ def measured(monkeypatch) -> list[int]:
     counts: list[int] = []
     original = refreshing.measure_layers
 
-    def spy(layers, *options):
+    def spy(layers, *options, **kernels):
         counts.append(len(layers))
-        return original(layers, *options)
+        return original(layers, *options, **kernels)
 
     monkeypatch.setattr(refreshing, "measure_layers", spy)
     return counts

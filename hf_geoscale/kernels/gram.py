@@ -1,0 +1,148 @@
+"""Gram matrices of many small sets of rows in one launch, read where they lie."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backend import INTERPRETED
+from .launcher import DirectKernel
+
+DIM_MAX = 128
+"""Most rows of a Gram matrix: two float32 accumulators of 256 × 256 do not fit the registers."""
+
+BLOCK = 64
+"""Columns read at a time (a guess)."""
+
+CAPABILITY_WITH_BF16 = (8, 0)
+"""First CUDA compute capability whose matrix units multiply BF16."""
+
+IN_INTERPRETER = tl.constexpr(
+    INTERPRETED
+)  # whose casts to bfloat16 truncate, and whose `dot` multiplies its bit patterns
+
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+Rows = tuple[Tensor, Tensor | None, int]  # (H, D, d), factors of the columns (d,), place of its first Gram matrix
+
+
+@triton.jit
+def _round_to_bfloat16(x):
+    """To nearest, ties to even."""
+    if IN_INTERPRETER:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        x = x.to(tl.bfloat16)
+    return x
+
+
+@DirectKernel
+@triton.jit
+def gram_kernel(
+    p_table,  # (N, 3) int64: addresses of the rows and of the factors, place of the result
+    p_gram,  # (…, D, D) float32
+    width,  # d
+    TYPE: tl.constexpr,  # of the rows
+    FACTOR: tl.constexpr,  # type of the factors; None without
+    ALIGNED: tl.constexpr,  # whether every address is a multiple of 16
+    PART: tl.constexpr,  # most products summed in one float32, a multiple of BLOCK
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    p_entry = p_table + 3 * tl.program_id(0)
+    rows, factors, place = tl.load(p_entry), tl.load(p_entry + 1), tl.load(p_entry + 2)
+    p_rows = rows.to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        p_rows = tl.multiple_of(p_rows, 16)
+    if FACTOR is not None:
+        p_factors = factors.to(tl.pointer_type(FACTOR))
+        if ALIGNED:
+            p_factors = tl.multiple_of(p_factors, 16)
+    o_row, o_column = tl.arange(0, DP), tl.arange(0, BLOCK)
+    total = tl.zeros((DP, DP), tl.float32)
+    for start in range(0, width, PART):
+        part = tl.zeros((DP, DP), tl.float32)
+        for first in range(start, min(start + PART, width), BLOCK):
+            columns = first + o_column
+            inside = (o_row < D)[:, None] & (columns < width)[None, :]
+            # (DP, BLOCK)
+            b_rows = tl.load(p_rows + o_row[:, None] * width + columns[None, :], mask=inside, other=0.0)
+            if FACTOR is not None:
+                b_factors = tl.load(p_factors + columns, mask=columns < width, other=0.0).to(tl.float32)
+                b_rows = b_rows.to(tl.float32) * b_factors[None, :]
+            b_scaled = _round_to_bfloat16(b_rows.to(tl.float32))
+            part = tl.dot(b_scaled, tl.trans(b_scaled), part)
+        total += part
+    inside = (o_row < D)[:, None] & (o_row < D)[None, :]
+    tl.store(p_gram + place * (D * D) + o_row[:, None] * D + o_row[None, :], total, mask=inside)
+
+
+@lru_cache
+def takes(dim: int, device: torch.device) -> bool:
+    """Whether the kernels here and in `spectral` run for D × D matrices on a device."""
+    if dim > DIM_MAX or INTERPRETED:
+        return dim <= DIM_MAX and device.type == "cpu"  # whose addresses the interpreter can follow
+    usable = device.type == "cuda" and torch.version.hip is None
+    return usable and torch.cuda.get_device_capability(device) >= CAPABILITY_WITH_BF16
+
+
+def can_read(weight: Tensor, factors: Tensor | None) -> bool:
+    """Whether `grams` reads these (H, D, d) and (d,): of 16 or 32 bits, each head's rows and the factors in one piece."""
+    if weight.dtype not in _TYPES or weight.stride()[1:] != (weight.shape[2], 1):
+        return False
+    return factors is None or (factors.dtype in _TYPES and factors.is_contiguous() and factors.device == weight.device)
+
+
+def warps(padded: int) -> int:
+    """Warps of a program that holds matrices of this size in registers."""
+    return 8 if padded > 64 else 4
+
+
+def grams(
+    rows: Sequence[Rows],  # as `can_read` allows, all with D of `out` and on its device
+    out: Tensor,  # (N, D, D) float32
+    part: int,
+) -> None:
+    """Write Â Âᵀ of every head, Â = bf16(rows · factors), the product rounded to float32 before. Makes no copy of the rows.
+
+    Products are exact in float32; at most `part` of them are summed in one accumulator of the matrix units, and these sums are
+    added one by one: d columns take ⌈d/part⌉ sums.
+    """
+    launches: dict[tuple, list[tuple[int, ...]]] = {}
+    for weight, factors, place in rows:
+        heads, _, width = weight.shape
+        kind = (width, weight.dtype, None if factors is None else factors.dtype)
+        address = 0 if factors is None else factors.data_ptr()
+        step = weight.stride(0) * weight.element_size()
+        launches.setdefault(kind, []).append((weight.data_ptr(), step, heads, address, place))
+    dim = out.shape[-1]
+    padded = max(16, triton.next_power_of_2(dim))
+    stream = torch.cuda.current_stream(out.device).cuda_stream if out.is_cuda else 0
+    for (width, dtype, factor_type), entries in launches.items():
+        table, aligned = _table(tuple(entries), out.device, stream)
+        types = {"TYPE": _TYPES[dtype], "FACTOR": _TYPES.get(factor_type), "ALIGNED": aligned}
+        blocks = {"PART": part, "D": dim, "DP": padded, "BLOCK": BLOCK, "num_warps": warps(padded)}
+        with torch.cuda.device_of(out):
+            gram_kernel[(len(table),)](table, out, width, **types, **blocks)
+
+
+@lru_cache(maxsize=256)
+def _table(entries: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> tuple[Tensor, bool]:
+    """What `gram_kernel` reads, (N, 3) int64, and whether all its addresses are aligned. Kept: weights stay where they are.
+
+    One for each stream, since nothing else orders the upload before a launch.
+    """
+    table = [
+        (rows + head * step, factors, place + head)
+        for rows, step, heads, factors, place in entries
+        for head in range(heads)
+    ]
+    with torch.inference_mode(False):
+        on_gpu = device.type == "cuda"  # from pinned memory nobody waits for the device
+        uploaded = torch.tensor(table, dtype=torch.int64, device="cpu", pin_memory=on_gpu).to(device, non_blocking=True)
+    return uploaded, all(address % 16 == 0 for *addresses, _ in table for address in addresses)
