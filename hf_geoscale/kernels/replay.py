@@ -71,6 +71,7 @@ class _Memory:
     def __init__(self, inputs: list[Tensor], outputs: tuple[Tensor, ...], made: dict[int, tuple[Tensor, bool]]):
         self.kept: list[Tensor] = []
         self._inputs = {id(x): slot for slot, x in enumerate(inputs)}
+        self._alive = inputs  # so that no other tensor has the identity of one
         storages = [_storage(x) for x in inputs]
         self._shared = {storage for storage in storages if storages.count(storage) > 1}
         self._bases = {storage: (slot, inputs[slot].data_ptr()) for slot, storage in enumerate(storages)}

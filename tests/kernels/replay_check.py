@@ -1,4 +1,4 @@
-"""A process of its own, without Triton's interpreter: each case of attention as it runs, and repeated from plans, must launch the same.
+"""A process of its own, without Triton's interpreter: what attention launches as it runs, and repeated from plans, is the same.
 
 Prints a JSON object: case → what differs, or null.
 """
@@ -6,6 +6,7 @@ Prints a JSON object: case → what differs, or null.
 import json
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -116,7 +117,7 @@ class Comparison:
         spans = [(start, start + size) for start, size in self.sections.values()]
         spans += [(y.data_ptr(), y.data_ptr() + y.element_size()) for y in repeated.tensors() if y.numel()]
         spans = sorted(set(spans))
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)), "tensors overlap"
+        assert all(a[1] <= b[0] for a, b in pairwise(spans)), "tensors overlap"
 
     def compare(self, a: Any, b: Any, before: bytes, after: bytes) -> None:
         if isinstance(a, stubs.Map):

@@ -1,7 +1,7 @@
 """Kernels that do nothing, launched on the CPU as on a GPU, without Triton's interpreter: what is left is the host's work.
 
-`install` in a process of its own. All down to the launcher of a compiled kernel runs as it is. Launchers are of two kinds: "wrapped"
-as Triton 3.6's, a function in C behind Python that makes tensor maps of descriptors, or "whole".
+`install` in a process of its own. All down to the launcher of a compiled kernel runs as it is. Launchers are of two kinds:
+"wrapped" as Triton 3.6's, a function in C behind Python that makes tensor maps of descriptors, or "whole".
 """
 
 import ctypes
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from hf_geoscale.kernels import backend, fused, hopper, launcher, replay  # noqa: F401: defines every kernel
+from hf_geoscale.kernels import backend, fused, hopper, launcher, replay
 
 
 class Given(NamedTuple):
@@ -124,6 +124,7 @@ class Driver:
         return 7
 
 
+DEFINED_IN = (fused, hopper)  # which import every kernel
 KERNELS = [x for x in gc.get_objects() if type(x) is launcher.DirectKernel]
 ORIGINALS = [kernel.kernel for kernel in KERNELS]
 
