@@ -29,6 +29,9 @@ ATTEMPTS = 2
 ALIGNMENT = 512
 """Bytes that sections of a workspace start at a multiple of, as tensors of CUDA's allocator do."""
 
+WORKSPACE_BYTES = 2**26
+"""Up to here all that a pass needs for itself is one allocation. Larger tensors fit the gaps of a full memory one by one."""
+
 _aten = torch.ops.aten
 _ALLOCATIONS = {
     _aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default, _aten.zeros.default,
@@ -42,6 +45,11 @@ class Unrepeatable(Exception):
 def _storage(x: Tensor) -> int:
     """Equal for two living tensors that share memory, and for no others."""
     return x.untyped_storage()._cdata
+
+
+def _bytes(x: Tensor) -> int:
+    """Of its storage, up to where another section may start."""
+    return -(-x.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
 
 
 class _Allocations(TorchDispatchMode):
@@ -62,8 +70,8 @@ class _Allocations(TorchDispatchMode):
 
 
 class _Memory:
-    """Where the tensors of a recorded call lie: at which byte of which slot. Slots are the inputs, the outputs, and two workspaces
-    for all else that the call made: one left as it is, one zeroed.
+    """Where the tensors of a recorded call lie: at which byte of which slot. Slots are the inputs, the outputs, and workspaces for
+    all else that the call made.
 
     Tensors that are none of these were there before, like Hadamard signs: their addresses stay, and `kept` keeps them alive.
     """
@@ -86,23 +94,23 @@ class _Memory:
             self._bases[_storage(x)] = slot, x.data_ptr()
             self.makers.append(_maker_of(x, zeroed))
         for wanted in (False, True):
-            self._add_workspace(
-                [x for x, zeroed in inner.values() if zeroed is wanted], wanted, len(inputs) + len(self.makers)
-            )
+            tensors = [x for x, zeroed in inner.values() if zeroed is wanted]
+            together = sum(map(_bytes, tensors)) <= WORKSPACE_BYTES
+            for sections in [tensors] if together else [[x] for x in tensors]:
+                self._add_workspace(sections, wanted, len(inputs) + len(self.makers))
 
     def _add_workspace(self, tensors: list[Tensor], zeroed: bool, slot: int) -> None:
-        start = 0
+        size = 0
         for x in tensors:
-            self._bases[_storage(x)] = slot, x.data_ptr() - start
-            start += -(-x.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
-        if start:
-            device = tensors[0].device
-            words = start // 4  # a fill of words is faster than one of bytes
-            self.makers.append(
-                (lambda: torch.zeros(words, device=device))
-                if zeroed
-                else (lambda: torch.empty(start, dtype=torch.uint8, device=device))
-            )
+            self._bases[_storage(x)] = slot, x.data_ptr() - size
+            size += _bytes(x)
+        if not size:
+            return
+        device = tensors[0].device
+        if zeroed:  # a fill of words is faster than one of bytes
+            self.makers.append(lambda: torch.zeros(size // 4, device=device))
+        else:
+            self.makers.append(lambda: torch.empty(size, dtype=torch.uint8, device=device))
 
     def place(self, x: Tensor) -> tuple[int, int] | None:
         """Slot and byte; None: at its address for good."""
@@ -182,17 +190,16 @@ class Plan:
         return tuple(made[: self.returned])
 
 
+_OPTIONS = frozenset((type(None), bool, int, float, torch.dtype))
+"""Types of the inputs that are no tensors."""
+
+
 def _signature(inputs: tuple) -> tuple[tuple, list[int]]:
     """What a plan holds for, and what it does not: the addresses of the tensors. Whether they are aligned is compiled in."""
-    signature: list = []
-    addresses: list[int] = []
-    for x in inputs:
-        if isinstance(x, Tensor):
-            address = x.data_ptr()
-            addresses.append(address)
-            signature += x.shape, x.stride(), x.dtype, x.get_device(), address % 16
-        else:
-            signature.append(x)
+    addresses = [x.data_ptr() for x in inputs if type(x) not in _OPTIONS]
+    signature = [
+        x if type(x) in _OPTIONS else (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16) for x in inputs
+    ]
     return tuple(signature), addresses
 
 
@@ -204,7 +211,7 @@ def _record(run: Callable, inputs: tuple) -> tuple[tuple[Tensor, ...], Plan | No
     if allocations.others or len(direct) < len(launches):
         return outputs, None
     try:
-        return outputs, Plan([x for x in inputs if isinstance(x, Tensor)], outputs, allocations.made, direct)
+        return outputs, Plan([x for x in inputs if type(x) not in _OPTIONS], outputs, allocations.made, direct)
     except Unrepeatable:
         return outputs, None
 

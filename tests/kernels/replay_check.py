@@ -169,6 +169,7 @@ def check(case: dict[str, Any]) -> None:
 def report(kind: str, on_hopper: bool) -> dict[str, str | None]:
     stubs.install(kind)
     hopper.runs = lambda device, dim: on_hopper and hopper.launch is not None and dim in hopper.launch.TABLE
+    replay.WORKSPACE_BYTES = 2**20 if on_hopper else 0
     found = {}
     for name, case in CASES.items():
         try:

@@ -32,6 +32,8 @@ class Map(NamedTuple):
 
 
 launches: list[Given] = []
+observing = True
+"""Whether launches are kept."""
 
 
 def address(x: Any) -> int | None:
@@ -43,6 +45,8 @@ def address(x: Any) -> int | None:
 def launch(
     x, y, z, stream, function, cooperative, pdl, scratch, profile, metadata, launch_metadata, enter, leave, *rest
 ) -> None:
+    if not observing:
+        return
     pointers = [a if type(a) is int and a > 2**32 else address(a) for a in rest]
     contents = [ctypes.string_at(p, 4) if p else None for p in pointers]
     launches.append(Given((x, y, z), function, rest, contents))
