@@ -191,14 +191,17 @@ class Plan:
 
 
 _OPTIONS = frozenset((type(None), bool, int, float, torch.dtype))
-"""Types of the inputs that are no tensors."""
+"""Types of the usual inputs that are no tensors, to be told without a call."""
 
 
 def _signature(inputs: tuple) -> tuple[tuple, list[int]]:
     """What a plan holds for, and what it does not: the addresses of the tensors. Whether they are aligned is compiled in."""
-    addresses = [x.data_ptr() for x in inputs if type(x) not in _OPTIONS]
+    addresses = [x.data_ptr() for x in inputs if type(x) not in _OPTIONS and isinstance(x, Tensor)]
     signature = [
-        x if type(x) in _OPTIONS else (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16) for x in inputs
+        x
+        if type(x) in _OPTIONS or not isinstance(x, Tensor)
+        else (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16)
+        for x in inputs
     ]
     return tuple(signature), addresses
 
@@ -211,7 +214,7 @@ def _record(run: Callable, inputs: tuple) -> tuple[tuple[Tensor, ...], Plan | No
     if allocations.others or len(direct) < len(launches):
         return outputs, None
     try:
-        return outputs, Plan([x for x in inputs if type(x) not in _OPTIONS], outputs, allocations.made, direct)
+        return outputs, Plan([x for x in inputs if isinstance(x, Tensor)], outputs, allocations.made, direct)
     except Unrepeatable:
         return outputs, None
 
