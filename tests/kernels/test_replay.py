@@ -32,6 +32,10 @@ class Number(float):
     """As NumPy's."""
 
 
+class Wrapped(torch.Tensor):
+    """A subclass."""
+
+
 def recorded(run, *inputs: torch.Tensor):
     from hf_geoscale.kernels.replay import _record
 
@@ -109,7 +113,7 @@ class TestRepeated:
         call, _ = self.passes()
         memory = torch.ones(65)
         x = memory[:64]
-        same = (torch.ones(64), 1), (torch.zeros(64), Number(1))
+        same = (torch.ones(64), 1), (torch.nn.Parameter(torch.zeros(64)), 1)
         others = (x, 2), (memory[1:], 1), (x.half(), 1), (x[:32], 1), (x.view(8, 8), 1), (x.view(8, 8).T, 1)
         call(x, 1)
         assert [call(*inputs)[0].shape for inputs in same] == [(64,)] * 2
@@ -117,6 +121,10 @@ class TestRepeated:
         for inputs in others:
             call(*inputs)
         assert self.ran == 1 + len(others)
+        for inputs in ((x, Number(1)), (x.as_subclass(Wrapped), 1)):
+            call(*inputs)
+            call(*inputs)
+        assert self.ran == 5 + len(others)
 
     def test_all_do_that_cannot_be_repeated_and_few_are_recorded(self, followed):
         from hf_geoscale.kernels import replay
