@@ -147,6 +147,7 @@ class _Launch:
             tensor = x.base if described else x
             if not isinstance(tensor, Tensor):
                 continue
+            self.arguments[place] = None  # keeps no memory of the recorded call
             found = memory.place(tensor)
             if found is None:
                 self.arguments[place] = x.at(tensor.data_ptr()) if described else tensor.data_ptr()
