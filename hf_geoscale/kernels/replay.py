@@ -29,6 +29,9 @@ ATTEMPTS = 2
 ALIGNMENT = 512
 """Bytes that sections of a workspace start at a multiple of, as tensors of CUDA's allocator do."""
 
+WORKSPACE_BYTES = 2**26
+"""Up to here all that a pass needs for itself is one allocation. Larger tensors fit the gaps of a full memory one by one."""
+
 _aten = torch.ops.aten
 _ALLOCATIONS = {
     _aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default, _aten.zeros.default,
@@ -42,6 +45,11 @@ class Unrepeatable(Exception):
 def _storage(x: Tensor) -> int:
     """Equal for two living tensors that share memory, and for no others."""
     return x.untyped_storage()._cdata
+
+
+def _bytes(x: Tensor) -> int:
+    """Of its storage, up to where another section may start."""
+    return -(-x.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
 
 
 class _Allocations(TorchDispatchMode):
@@ -62,8 +70,8 @@ class _Allocations(TorchDispatchMode):
 
 
 class _Memory:
-    """Where the tensors of a recorded call lie: at which byte of which slot. Slots are the inputs, the outputs, and two workspaces
-    for all else that the call made: one left as it is, one zeroed.
+    """Where the tensors of a recorded call lie: at which byte of which slot. Slots are the inputs, the outputs, and workspaces for
+    all else that the call made.
 
     Tensors that are none of these were there before, like Hadamard signs: their addresses stay, and `kept` keeps them alive.
     """
@@ -71,6 +79,7 @@ class _Memory:
     def __init__(self, inputs: list[Tensor], outputs: tuple[Tensor, ...], made: dict[int, tuple[Tensor, bool]]):
         self.kept: list[Tensor] = []
         self._inputs = {id(x): slot for slot, x in enumerate(inputs)}
+        self._alive = inputs  # so that no other tensor has the identity of one
         storages = [_storage(x) for x in inputs]
         self._shared = {storage for storage in storages if storages.count(storage) > 1}
         self._bases = {storage: (slot, inputs[slot].data_ptr()) for slot, storage in enumerate(storages)}
@@ -85,23 +94,23 @@ class _Memory:
             self._bases[_storage(x)] = slot, x.data_ptr()
             self.makers.append(_maker_of(x, zeroed))
         for wanted in (False, True):
-            self._add_workspace(
-                [x for x, zeroed in inner.values() if zeroed is wanted], wanted, len(inputs) + len(self.makers)
-            )
+            tensors = [x for x, zeroed in inner.values() if zeroed is wanted]
+            together = sum(map(_bytes, tensors)) <= WORKSPACE_BYTES
+            for sections in [tensors] if together else [[x] for x in tensors]:
+                self._add_workspace(sections, wanted, len(inputs) + len(self.makers))
 
     def _add_workspace(self, tensors: list[Tensor], zeroed: bool, slot: int) -> None:
-        start = 0
+        size = 0
         for x in tensors:
-            self._bases[_storage(x)] = slot, x.data_ptr() - start
-            start += -(-x.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
-        if start:
-            device = tensors[0].device
-            words = start // 4  # a fill of words is faster than one of bytes
-            self.makers.append(
-                (lambda: torch.zeros(words, device=device))
-                if zeroed
-                else (lambda: torch.empty(start, dtype=torch.uint8, device=device))
-            )
+            self._bases[_storage(x)] = slot, x.data_ptr() - size
+            size += _bytes(x)
+        if not size:
+            return
+        device = tensors[0].device
+        if zeroed:  # a fill of words is faster than one of bytes
+            self.makers.append(lambda: torch.zeros(size // 4, device=device))
+        else:
+            self.makers.append(lambda: torch.empty(size, dtype=torch.uint8, device=device))
 
     def place(self, x: Tensor) -> tuple[int, int] | None:
         """Slot and byte; None: at its address for good."""
@@ -138,6 +147,7 @@ class _Launch:
             tensor = x.base if described else x
             if not isinstance(tensor, Tensor):
                 continue
+            self.arguments[place] = None  # keeps no memory of the recorded call
             found = memory.place(tensor)
             if found is None:
                 self.arguments[place] = x.at(tensor.data_ptr()) if described else tensor.data_ptr()
@@ -181,17 +191,19 @@ class Plan:
         return tuple(made[: self.returned])
 
 
+_OPTIONS = frozenset((type(None), bool, int, float, torch.dtype))
+"""Types of inputs that are no tensors."""
+
+_TYPES = _OPTIONS | {Tensor, torch.nn.Parameter}
+"""Types of inputs that are looked at; others, as tensor subclasses, run as written."""
+
+
 def _signature(inputs: tuple) -> tuple[tuple, list[int]]:
     """What a plan holds for, and what it does not: the addresses of the tensors. Whether they are aligned is compiled in."""
-    signature: list = []
-    addresses: list[int] = []
-    for x in inputs:
-        if isinstance(x, Tensor):
-            address = x.data_ptr()
-            addresses.append(address)
-            signature += x.shape, x.stride(), x.dtype, x.get_device(), address % 16
-        else:
-            signature.append(x)
+    addresses = [x.data_ptr() for x in inputs if type(x) not in _OPTIONS]
+    signature = [
+        x if type(x) in _OPTIONS else (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16) for x in inputs
+    ]
     return tuple(signature), addresses
 
 
@@ -221,7 +233,7 @@ def repeated(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tens
 
     @wraps(run)
     def call(*inputs):
-        if not launcher.follows():
+        if not launcher.follows() or not _TYPES.issuperset(map(type, inputs)):
             return run(*inputs)
         signature, addresses = _signature(inputs)
         plan = plans.get(signature, 0)

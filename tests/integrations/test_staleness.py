@@ -12,7 +12,8 @@ from hf_geoscale import (
 from hf_geoscale.geometry import layer as layer_geometry
 from hf_geoscale.geometry import operand_bound
 from hf_geoscale.integrations import geoscale_layers
-from hf_geoscale.integrations.sharding import attribute, submodules
+from hf_geoscale.integrations.sharding import attribute, follow_shards, submodules
+from hf_geoscale.integrations.versions import module_versions
 
 from ..conftest import here, tiny_model, tokens
 from ..kernels.fused_cases import DEVICE, NEEDS_KERNELS
@@ -158,3 +159,18 @@ def test_autocast_around_a_refresh_changes_no_certificate(monkeypatch):
     with torch.autocast(here().type, dtype=torch.bfloat16):
         refresh_scales(model)
     assert all(torch.equal(old, new) for old, new in zip(expected, bounds(model), strict=True))
+
+
+def test_weights_gathered_from_shards_have_the_version_of_their_shards():
+    """Their address changes with each gathering; `sharding` says when they count as written."""
+    linears = [nn.Linear(4, 4) for _ in range(2)]
+    follow_shards(linears[:1])
+    before = [module_versions([linear], contents=False) for linear in linears]
+    kept = []
+    for linear in linears:
+        for parameter in linear.parameters():
+            kept.append(parameter.data)
+            parameter.data = parameter.data.clone()
+    after = [module_versions([linear], contents=False) for linear in linears]
+    assert before[0] == after[0]
+    assert before[1] != after[1]

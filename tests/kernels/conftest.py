@@ -3,10 +3,25 @@
 import pytest
 import torch
 
+from hf_geoscale.kernels.backend import TRITON_INSTALLED
+
 
 @pytest.fixture(autouse=True)
 def on_device():
     """Overrides that of all tests: these place their tensors themselves (fused_cases.DEVICE), whatever --device says."""
+
+
+@pytest.fixture(autouse=True)
+def no_plans():
+    """What a test changes under a pass is seen by its calls, and by those of no other."""
+    if TRITON_INSTALLED:
+        from hf_geoscale.kernels import replay
+
+        replay.forget()
+        yield
+        replay.forget()
+    else:
+        yield
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A process of its own, without Triton's interpreter: each case of attention as it runs, and repeated from plans, must launch the same.
+"""A process of its own, without Triton's interpreter: what attention launches as it runs, and repeated from plans, is the same.
 
 Prints a JSON object: case → what differs, or null.
 """
@@ -6,6 +6,9 @@ Prints a JSON object: case → what differs, or null.
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -116,7 +119,7 @@ class Comparison:
         spans = [(start, start + size) for start, size in self.sections.values()]
         spans += [(y.data_ptr(), y.data_ptr() + y.element_size()) for y in repeated.tensors() if y.numel()]
         spans = sorted(set(spans))
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)), "tensors overlap"
+        assert all(a[1] <= b[0] for a, b in pairwise(spans)), "tensors overlap"
 
     def compare(self, a: Any, b: Any, before: bytes, after: bytes) -> None:
         if isinstance(a, stubs.Map):
@@ -148,6 +151,27 @@ class Comparison:
             assert before == after, ("zeroed before or after only", before, after)
 
 
+def plans() -> list[replay.Plan]:
+    return [plan for table in replay._plans for plan in table.values() if isinstance(plan, replay.Plan)]
+
+
+def tensors_of(x: Any) -> list[Tensor]:
+    """Tensors that an object keeps alive, itself or in its attributes, entries, closures and bound arguments."""
+    if isinstance(x, Tensor):
+        return [x]
+    if isinstance(x, dict):
+        parts = list(x.values())
+    elif isinstance(x, (list, tuple)):
+        parts = list(x)
+    elif isinstance(x, FunctionType):
+        parts = [cell.cell_contents for cell in x.__closure__ or ()]
+    elif isinstance(x, partial):
+        parts = [x.func, x.args]
+    else:
+        parts = list(vars(x).values()) if isinstance(x, (replay.Plan, replay._Launch)) else []
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
 def check(case: dict[str, Any]) -> None:
     launcher._FOLLOWED = False
     kept = [attend(**case)]
@@ -163,11 +187,20 @@ def check(case: dict[str, Any]) -> None:
             assert not pointers, "launched as it runs"
             Comparison(run, repeated)
     assert stubs.ordinary() == through
+    assert not [x for plan in plans() for x in tensors_of(plan) if not any(x is y for y in plan.kept)], (
+        "a plan keeps tensors"
+    )
+    hooks = next(kernel.kernel.pre_run_hooks for kernel in stubs.KERNELS if kernel.kernel.name == "quantize_kernel")
+    hooks.append(print)
+    attend(**case)
+    hooks.clear()
+    assert stubs.ordinary() > through, "a kernel's hook was passed over"
 
 
 def report(kind: str, on_hopper: bool) -> dict[str, str | None]:
     stubs.install(kind)
     hopper.runs = lambda device, dim: on_hopper and hopper.launch is not None and dim in hopper.launch.TABLE
+    replay.WORKSPACE_BYTES = 2**20 if on_hopper else 0
     found = {}
     for name, case in CASES.items():
         try:

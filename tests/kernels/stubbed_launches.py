@@ -1,7 +1,7 @@
 """Kernels that do nothing, launched on the CPU as on a GPU, without Triton's interpreter: what is left is the host's work.
 
-`install` in a process of its own. All down to the launcher of a compiled kernel runs as it is. Launchers are of two kinds: "wrapped"
-as Triton 3.6's, a function in C behind Python that makes tensor maps of descriptors, or "whole".
+`install` in a process of its own. All down to the launcher of a compiled kernel runs as it is. Launchers are of two kinds:
+"wrapped" as Triton 3.6's, a function in C behind Python that makes tensor maps of descriptors, or "whole".
 """
 
 import ctypes
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from hf_geoscale.kernels import backend, fused, hopper, launcher, replay  # noqa: F401: defines every kernel
+from hf_geoscale.kernels import backend, fused, hopper, launcher, replay
 
 
 class Given(NamedTuple):
@@ -32,6 +32,8 @@ class Map(NamedTuple):
 
 
 launches: list[Given] = []
+observing = True
+"""Whether launches are kept."""
 
 
 def address(x: Any) -> int | None:
@@ -43,6 +45,8 @@ def address(x: Any) -> int | None:
 def launch(
     x, y, z, stream, function, cooperative, pdl, scratch, profile, metadata, launch_metadata, enter, leave, *rest
 ) -> None:
+    if not observing:
+        return
     pointers = [a if type(a) is int and a > 2**32 else address(a) for a in rest]
     contents = [ctypes.string_at(p, 4) if p else None for p in pointers]
     launches.append(Given((x, y, z), function, rest, contents))
@@ -124,6 +128,7 @@ class Driver:
         return 7
 
 
+DEFINED_IN = (fused, hopper)  # which import every kernel
 KERNELS = [x for x in gc.get_objects() if type(x) is launcher.DirectKernel]
 ORIGINALS = [kernel.kernel for kernel in KERNELS]
 

@@ -24,8 +24,16 @@ def test_every_pass_is_repeated_as_it_runs():
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert len(found) == 4 and all(len(cases) > 15 for cases in found.values())
+    assert [len(cases) > 15 for cases in found.values()] == [True] * 4
     assert not {(kind, case): what for kind, cases in found.items() for case, what in cases.items() if what}
+
+
+class Number(float):
+    """As NumPy's."""
+
+
+class Wrapped(torch.Tensor):
+    """A subclass."""
 
 
 def recorded(run, *inputs: torch.Tensor):
@@ -40,7 +48,8 @@ class TestPlans:
     def test_operations_beside_allocations_and_views_have_none(self):
         x = torch.ones(3)
         outputs, plan = recorded(lambda x: (torch.empty(3), x[1:].view(torch.int32))[:1], x)
-        assert plan is not None and outputs[0].shape == (3,)
+        assert plan is not None
+        assert outputs[0].shape == (3,)
         for run in (lambda x: (torch.empty(3).add_(x),), lambda x: (x + 1,), lambda x: (torch.ones(3),)):
             assert recorded(run, x)[1] is None
 
@@ -50,6 +59,15 @@ class TestPlans:
         assert recorded(lambda x: (torch.empty(3)[1:],), x)[1] is None
         assert recorded(lambda x, y: (torch.empty(3),), x, x)[1] is None
         assert recorded(lambda x, y: (torch.empty(3),), x, x.clone())[1] is not None
+
+    def test_inputs_of_one_storage_are_told_apart(self):
+        from hf_geoscale.kernels.replay import Unrepeatable, _Memory
+
+        a, b = torch.ones(8).split(4)
+        memory = _Memory([a, b, torch.ones(4)], (), {})
+        assert [memory.place(x) for x in (a, b)] == [(0, 0), (1, 0)]
+        with pytest.raises(Unrepeatable, match="not clear"):
+            memory.place(a[1:])
 
     def test_outputs_are_new_and_zeroed_where_they_were(self, followed):
         def run(x):
@@ -95,7 +113,7 @@ class TestRepeated:
         call, _ = self.passes()
         memory = torch.ones(65)
         x = memory[:64]
-        same = (torch.ones(64), 1), (torch.zeros(64), 1)
+        same = (torch.ones(64), 1), (torch.nn.Parameter(torch.zeros(64)), 1)
         others = (x, 2), (memory[1:], 1), (x.half(), 1), (x[:32], 1), (x.view(8, 8), 1), (x.view(8, 8).T, 1)
         call(x, 1)
         assert [call(*inputs)[0].shape for inputs in same] == [(64,)] * 2
@@ -103,6 +121,10 @@ class TestRepeated:
         for inputs in others:
             call(*inputs)
         assert self.ran == 1 + len(others)
+        for inputs in ((x, Number(1)), (x.as_subclass(Wrapped), 1)):
+            call(*inputs)
+            call(*inputs)
+        assert self.ran == 5 + len(others)
 
     def test_all_do_that_cannot_be_repeated_and_few_are_recorded(self, followed):
         from hf_geoscale.kernels import replay
@@ -147,10 +169,10 @@ class TestRepeated:
 
         asked = []
         described = launcher.Described(torch.ones(4), lambda address: asked.append(address) or ("map", address))
-        followed.setattr(
-            launcher, "repeatable", lambda launched: (lambda stream, arguments: given.append(arguments), [described, 5])
-        )
         given: list = []
+        followed.setattr(
+            launcher, "repeatable", lambda _: (lambda stream, arguments: given.append(arguments), [described, 5])
+        )
         launch = replay._Launch(None, replay._Memory([described.base], (), {}))
         for address in (512, 1024, 512, 1024):
             launch(7, [address])

@@ -41,8 +41,10 @@ def test_unknown_gpus_get_the_defaults(monkeypatch):
 def test_the_search_keeps_the_fastest_and_skips_what_does_not_fit(monkeypatch):
     from triton.runtime.errors import OutOfResources
 
-    from hf_geoscale.kernels import tuning
+    from hf_geoscale.kernels import replay, tuning
 
+    forgotten = []
+    monkeypatch.setattr(replay, "forget", lambda: forgotten.append(tiles.TABLE.get(((12, 0), 128, False))))
     wanted = {"forward": Tile(64, 128, 8, 2), "query_gradient": Tile(64, 32, 4, 3), "key_gradient": Tile(128, 64, 4, 1)}
     monkeypatch.setattr(tiles, "TABLE", dict(TABLE))
     monkeypatch.setattr(tuning, "TABLE", tiles.TABLE)
@@ -58,6 +60,7 @@ def test_the_search_keeps_the_fastest_and_skips_what_does_not_fit(monkeypatch):
 
     monkeypatch.setattr(tuning, "_milliseconds", time)
     assert tuning.tune_tiles(80) == tiles.Tiles(**wanted) == tiles_for(GPU, 128, high=False)
+    assert forgotten[-1] == tiles.Tiles(**wanted)
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or not TRITON_INSTALLED, reason="needs Triton and no GPU")
