@@ -38,6 +38,8 @@ STEP_TORCHAO = 1 / 127
 _ORDINARY = (nn.Linear, Conv1D)
 """Classes that compute what their weight and bias say, where these are plain parameters."""
 
+_COMPUTED_IN = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
+
 _MIXED_BATCH_HOOK = "_adapter_names_pre_forward_hook"
 
 _TORCHAO_WEIGHTS = {"Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor"}
@@ -125,6 +127,8 @@ def effective_weight(
     Raises:
         UnsupportedModelError: a module that hides its effective weight, or a weight of another shape.
     """
+    if (found := _whole_parameters(module)) is not None:
+        return _of_shape(found, shape, where)
     module = active_module(module)
     if type(module) in _ORDINARY and type(module.weight) is nn.Parameter:
         return _of_shape(_plain_weight(module, where), shape, where)  # neither adapters nor casts
@@ -147,6 +151,18 @@ def _of_shape(found: EffectiveWeight, shape: tuple[int, int], where: str) -> Eff
     if tuple(found.weight.shape) != shape:
         raise UnsupportedModelError(f"{where} must have a weight of shape {shape}, got {tuple(found.weight.shape)}")
     return found
+
+
+def _whole_parameters(module: Any) -> EffectiveWeight | None:
+    """Weight and bias of the ordinary case, in which `_plain_weight` would find nothing to refuse; None in any other."""
+    if type(module) not in _ORDINARY:
+        return None
+    parameters = module._parameters
+    weight = parameters.get("weight")
+    # marks of ZeRO-3 and FSDP1 are attributes of the parameter
+    if type(weight) is not nn.Parameter or vars(weight) or weight.is_meta or weight.dtype not in _COMPUTED_IN:
+        return None
+    return EffectiveWeight(weight, parameters["bias"]) if "bias" in parameters else None
 
 
 def _plain_weight(module: Any, where: str) -> EffectiveWeight:
