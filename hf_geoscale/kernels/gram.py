@@ -98,9 +98,11 @@ def can_read(weight: Tensor, factors: Tensor | None) -> bool:
     return factors is None or (factors.dtype in _TYPES and factors.is_contiguous() and factors.device == weight.device)
 
 
-def warps(padded: int) -> int:
-    """Warps of a program that holds matrices of this size in registers."""
-    return 8 if padded > 64 else 4
+@lru_cache
+def shape_of(dim: int) -> dict[str, int]:
+    """Compile-time arguments and warps of a program that holds D × D matrices in registers."""
+    padded = max(16, 1 << (dim - 1).bit_length())
+    return {"D": dim, "DP": padded, "num_warps": 8 if padded > 64 else 4}
 
 
 def grams(
@@ -120,15 +122,13 @@ def grams(
         address = 0 if factors is None else factors.data_ptr()
         step = weight.stride(0) * weight.element_size()
         launches.setdefault(kind, []).append((weight.data_ptr(), step, heads, address, place))
-    dim = out.shape[-1]
-    padded = max(16, triton.next_power_of_2(dim))
+    shape = shape_of(out.shape[-1])
     stream = torch.cuda.current_stream(out.device).cuda_stream if out.is_cuda else 0
     for (width, dtype, factor_type), entries in launches.items():
         table, aligned = _table(tuple(entries), out.device, stream)
         types = {"TYPE": _TYPES[dtype], "FACTOR": _TYPES.get(factor_type), "ALIGNED": aligned}
-        blocks = {"PART": part, "D": dim, "DP": padded, "BLOCK": BLOCK, "num_warps": warps(padded)}
         with torch.cuda.device_of(out):
-            gram_kernel[(len(table),)](table, out, width, **types, **blocks)
+            gram_kernel[(len(table),)](table, out, width, **types, **shape, PART=part, BLOCK=BLOCK)
 
 
 @lru_cache(maxsize=256)
