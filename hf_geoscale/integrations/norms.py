@@ -1,6 +1,5 @@
 """Gain and shift of the norm layers whose output has a bounded norm, before them ‖u‖₂ ≤ √d."""
 
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ def gain_and_shift(norm: Any, where: str) -> tuple[Tensor | None, Tensor | None]
         UnsupportedModelError: any other module; tokens after it have no norm bound.
     """
     norm = active_module(norm)
-    names = _class_names(type(norm))
+    names = {c.__name__ for c in type(norm).__mro__}
     if not (isinstance(norm, nn.RMSNorm) or names & _LAYER_NORMS or any(name.endswith("RMSNorm") for name in names)):
         raise UnsupportedModelError(
             f"{where} is not a LayerNorm or RMSNorm whose gain we know; tokens after it have no norm bound"
@@ -46,8 +45,3 @@ def gain_and_shift(norm: Any, where: str) -> tuple[Tensor | None, Tensor | None]
     if gain is not None and offset:
         gain = gain.detach().double() + offset
     return gain, shift
-
-
-@lru_cache(maxsize=64)
-def _class_names(kind: type) -> frozenset[str]:
-    return frozenset(c.__name__ for c in kind.__mro__)

@@ -136,7 +136,7 @@ def test_nan_and_inf_stay_in_their_head():
 
 
 def test_layers_of_every_kind_are_as_in_torch():
-    """With bias, shift, q/k norms, GQA, an adapter; weights that the kernel cannot read stay with torch."""
+    """With bias, shift, q/k norms (which stay with torch), GQA, an adapter, and a weight that lies in columns."""
     chosen = [mixed_layers()[i] for i in (3, 5, 7, 10)]
     flipped = layer(130)
     flipped = replace(flipped, key=replace(flipped.key, weight=flipped.key.weight.mT.contiguous().mT))
