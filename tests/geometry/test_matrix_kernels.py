@@ -117,6 +117,14 @@ def test_sums_are_cut_into_parts():
     assert float(out[0, 0, 0]) >= 1 + 2.0**-21
 
 
+def test_parts_longer_than_torchs_are_covered():
+    """1,536 products in parts of 1,024 and 512, where torch has two of 768; each sum cut off below, as the worst unit would."""
+    exact = torch.full((1536,), 1.999 * 2.0**-24, dtype=torch.float64)
+    exact[0] = 1  # every other product is lost in its sum
+    lost = float(exact.sum()) - (1 + float(exact[1024:].sum()))
+    assert 0.9 * tc.sum_error(1536) <= lost / float(exact.sum()) <= tc.sum_error(1536)
+
+
 def test_every_allowance_reaches_the_certificate():
     down = Projection(torch.ones(1, 1, 64, dtype=BF16), torch.full((64,), 1 + 0.99 * 2.0**-8))  # to 1
     assert bounds(down)[0] >= 8 * (1 + 0.99 * 2.0**-8)
