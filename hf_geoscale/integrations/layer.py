@@ -15,7 +15,8 @@ from ..geometry import LayerGeometry, LayerMaps, alpha_min
 from ..kernels import AttentionStatistics
 from ..scaling import E4M3, CallOperands, QuantScales, strategy_of
 from .families import AttentionSite
-from .refresh import HostValues, RefreshGroup
+from .host_values import HostValues
+from .refresh import RefreshGroup
 from .sharding import (
     can_be_read,
     follow_shards,

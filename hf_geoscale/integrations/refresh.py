@@ -17,6 +17,7 @@ from ..geometry import LayerGeometry, LayerMaps, MatrixKernels, measure_layers
 from ..kernels.backend import TRITON_INSTALLED
 from ..kernels.statistics import fold_ranges
 from ..scaling import refresh_together
+from .host_values import HostValues
 from .sharding import refuse_parallelism
 from .utilisation import add_together
 
@@ -27,40 +28,6 @@ logger = logging.getLogger(__name__)
 
 FRESH_BYTES = 2**28
 """Bytes of weights that exist only to be measured (dequantised, with adapters) held at a time."""
-
-
-class HostValues:
-    """Numbers on their way from a device; `read` waits for them alone, not for what was queued after them."""
-
-    def __init__(self, values: Tensor):
-        self._values, self._event = values, None
-        self._numbers: list[float] | None = None
-        if values.is_cuda:
-            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(values.device))
-
-    def __reduce__(self) -> tuple:
-        self.read()
-        return HostValues, (self._values.clone(),)
-
-    @property
-    def here(self) -> bool:
-        """Whether reading needs no waiting, whatever the device does."""
-        return self._event is None
-
-    @property
-    def arrived(self) -> bool:
-        """Whether reading needs no waiting now."""
-        return self._event is None or self._event.query()
-
-    def read(self) -> list[float]:
-        if self._numbers is None:
-            if self._event is not None:
-                self._event.synchronize()
-            self._numbers = self._values.tolist()
-        return self._numbers
 
 
 @contextmanager

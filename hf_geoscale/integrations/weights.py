@@ -38,8 +38,6 @@ STEP_TORCHAO = 1 / 127
 _ORDINARY = (nn.Linear, Conv1D)
 """Classes that compute what their weight and bias say, where these are plain parameters."""
 
-_COMPUTED_IN = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
-
 _MIXED_BATCH_HOOK = "_adapter_names_pre_forward_hook"
 
 _TORCHAO_WEIGHTS = {"Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor"}
@@ -154,15 +152,15 @@ def _of_shape(found: EffectiveWeight, shape: tuple[int, int], where: str) -> Eff
 
 
 def _whole_parameters(module: Any) -> EffectiveWeight | None:
-    """Weight and bias of the ordinary case, in which `_plain_weight` would find nothing to refuse; None in any other."""
+    """Weight and bias of the ordinary case, where `_plain_weight` has nothing to refuse (no mark on the parameter), else None."""
     if type(module) not in _ORDINARY:
         return None
-    parameters = module._parameters
-    weight = parameters.get("weight")
-    # marks of ZeRO-3 and FSDP1 are attributes of the parameter
-    if type(weight) is not nn.Parameter or vars(weight) or weight.is_meta or weight.dtype not in _COMPUTED_IN:
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter or vars(weight) or weight.is_meta:
         return None
-    return EffectiveWeight(weight, parameters["bias"]) if "bias" in parameters else None
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return None
+    return EffectiveWeight(weight, module._parameters["bias"]) if "bias" in module._parameters else None
 
 
 def _plain_weight(module: Any, where: str) -> EffectiveWeight:

@@ -26,8 +26,8 @@ pytestmark = [
     ),
 ]
 
-SAME = 1e-5
-"""Relative difference of two bounds from the same operands, whose float32 sums are taken in another order."""
+SAME = 1e-5 if DEVICE.type == "cpu" else 1e-4
+"""Relative difference of two bounds from the same operands, whose float32 sums have another order; matrix units truncate."""
 
 
 def on_device(p: Projection) -> Projection:
@@ -223,9 +223,9 @@ def test_large_layers_wait_for_nothing(dim, dtype):
         torch.cuda.set_sync_debug_mode("default")
     for maps, mine, theirs in zip(warm, found, measure_layers(warm), strict=True):
         assert mine.vectors.dtype == torch.float32  # it was on tensor cores
-        torch.testing.assert_close(mine.sigma_lower, theirs.sigma_lower, rtol=1e-4, atol=0)
+        torch.testing.assert_close(mine.sigma_lower, theirs.sigma_lower, rtol=SAME, atol=0)
         for name, p in zip("qkv", maps.projections, strict=True):
             bound = getattr(mine, f"{name}_bound")
-            torch.testing.assert_close(bound, getattr(theirs, f"{name}_bound"), rtol=1e-4, atol=0)
+            torch.testing.assert_close(bound, getattr(theirs, f"{name}_bound"), rtol=SAME, atol=0)
             sigma = torch.linalg.svdvals(p.matrix())[:, 0]
             assert (bound >= math.sqrt(p.weight.shape[2]) * sigma * (1 + ROUNDING_MARGIN)).all()
