@@ -1,6 +1,6 @@
 """The attention layers of a model, and the weights that make their q, k and v."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,9 +88,17 @@ class AttentionSite:
             modules: `weight_modules()`, where the caller has them.
         """
         training, owners = self.attention.training, submodules(modules or self.weight_modules())
-        trainable = any(p is not None and p.requires_grad for m in owners for p in m._parameters.values())
+        trainable = _is_trainable(owners)
         steps = _optimizer_steps if trainable else None  # optimizers move nothing else
         return (steps, training, *module_versions(owners, contents=not training))
+
+
+def _is_trainable(modules: Iterable[Any]) -> bool:
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                return True
+    return False
 
 
 _optimizer_steps = 0  # of any optimizer in this process

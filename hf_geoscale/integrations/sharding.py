@@ -78,6 +78,11 @@ def _writes(parameter: Any) -> tuple:
     return parameter.data_ptr(), *counts
 
 
+def shards_followed() -> bool:
+    """Whether `follow_shards` was called for any module."""
+    return bool(_shards)
+
+
 def shard_version(owner: nn.Module, name: str, parameter: Any) -> object | None:
     """Version of a sharded parameter of `owner`: changes when it is replaced or written in place. None: it is not sharded.
 

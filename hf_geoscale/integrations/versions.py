@@ -1,15 +1,19 @@
 """Version of a module's effective weight: two calls that return the same have seen the same weights."""
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .sharding import is_partitioned, shard_version
+from .sharding import is_partitioned, shard_version, shards_followed
 
 _PARTS = frozenset(("SCB", "CB", "quant_state"))
 """Attributes in which bitsandbytes keeps tensors of a parameter."""
+
+_MARKS = _PARTS | {"ds_id", "full_tensor"}
+"""Attributes of parameters that are more than one tensor, or a part of one (`sharding.is_partitioned`, `is_shard`)."""
 
 
 def module_versions(modules: Sequence[nn.Module], contents: bool) -> tuple:
@@ -24,17 +28,19 @@ def module_versions(modules: Sequence[nn.Module], contents: bool) -> tuple:
     shards: list[object] = []
     tensors: list[Tensor] = []
     gathered: list[Tensor] = []  # each time at another address
+    plain = not shards_followed()
     for owner in modules:
         for name, parameter in owner._parameters.items():
             if parameter is None:
+                continue
+            if plain and type(parameter) is nn.Parameter and _MARKS.isdisjoint(vars(parameter)):
+                tensors.append(parameter)
                 continue
             version = shard_version(owner, name, parameter)
             if version is not None:
                 shards.append(version)
                 if is_partitioned(parameter):
                     gathered.append(parameter)
-            elif type(parameter) is nn.Parameter and _PARTS.isdisjoint(vars(parameter)):
-                tensors.append(parameter)
             else:
                 tensors += stored(parameter)
     # An inference tensor counts no changes: a new object differs from every earlier version.
@@ -57,12 +63,19 @@ def stored(parameter: Tensor) -> Iterator[Tensor]:
         yield absmax
 
 
+@lru_cache(maxsize=256)
+def _kind(kind: type) -> tuple[tuple, bool, bool]:
+    """Name of a module's class, whether it is a dropout, and whether it is one of PEFT's."""
+    return (kind.__qualname__,), issubclass(kind, nn.Dropout), hasattr(kind, "_disable_adapters")
+
+
 def _state(module: Any) -> tuple:
     """What decides a module's map besides tensors."""
-    state: tuple = (type(module).__qualname__,)
-    if isinstance(module, nn.Dropout):
+    kind: Any = type(module)
+    state, drops, adapts = _kind(kind)
+    if drops:
         return (*state, module.p, module.training)
-    if "_disable_adapters" in vars(module) or hasattr(type(module), "_disable_adapters"):  # PEFT's layers and wrappers
+    if adapts or "_disable_adapters" in vars(module):  # PEFT's layers and wrappers
         names = module._active_adapter
         scaling = getattr(module, "scaling", {})
         state += (

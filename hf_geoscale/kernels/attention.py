@@ -109,10 +109,9 @@ def _fused(
     )  # fmt: skip
     if statistics is not None:
         batch, heads, kv_heads = query.shape[0], query.shape[1], key.shape[1]
-        counters = counters_of(counted, batch, heads, kv_heads, True, observe or scales[3] is not None)
-        statistics.add_casts(counters.overflow, counters.amax, (heads, kv_heads, kv_heads))
+        statistics.add_casts(counted, (heads, kv_heads, kv_heads))
         if observe or scales[3] is not None:
-            logit_max = counters.logit_max[:heads]
+            logit_max = counters_of(counted, batch, heads, kv_heads, True, True).logit_max[:heads]
         if scales[3] is not None:
             largest = logit_max if softcap is None else softcap * (logit_max / softcap).tanh()
             statistics.add_range("logit", largest * scales[3] / E4M3.max)

@@ -9,6 +9,10 @@ ALIGNMENT = 4
 """Entries of float32 that every section starts at a multiple of: 16 bytes, which Triton compiles wide loads for."""
 
 
+OVERFLOW = 8
+"""Entries of float32 that hold four counts in int64."""
+
+
 class Counters(NamedTuple):
     """Views of the sections, zeros behind what they hold; those that a call does not ask for are empty."""
 
@@ -21,7 +25,7 @@ class Counters(NamedTuple):
 def _sections(batch: int, heads: int, kv_heads: int, count: bool, observe: bool) -> tuple[int, int, int, int]:
     """Lengths in float32. What grows with the batch comes last, so that the others stay where they are."""
     ranges = _aligned(heads + 2 * kv_heads) if count else 0
-    return 8 if count else 0, ranges, _aligned(heads) if observe else 0, batch * kv_heads
+    return OVERFLOW if count else 0, ranges, _aligned(heads) if observe else 0, batch * kv_heads
 
 
 def _aligned(length: int) -> int:
@@ -53,6 +57,20 @@ def counters_of(
 ) -> Counters:
     parts = torch.split_with_sizes(buffer, _sections(batch, heads, kv_heads, count, observe))
     return Counters(parts[0].view(torch.int64), *parts[1:])
+
+
+def overflow_of(
+    buffer: Tensor,  # (N,) of `zeroed`, with `count`
+) -> Tensor:
+    return buffer[:OVERFLOW].view(torch.int64)
+
+
+def amax_of(
+    buffer: Tensor,  # (N,) of `zeroed`, with `count`
+    counts: tuple[int, int, int],  # heads of q, k and v
+) -> Tensor:
+    """`Counters.amax` without the zeros behind it, (Hq + 2·Hkv,)."""
+    return buffer[OVERFLOW : OVERFLOW + sum(counts)]
 
 
 def v_norm_of(buffer: Tensor, batch: int, kv_heads: int) -> Tensor:

@@ -3,18 +3,20 @@
 import math
 from functools import wraps
 from inspect import signature
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import passes
 from .reference import PROBABILITY_QUANT_SCALE
+from .replay import repeated
 
 NO_NORM: tuple = (None, None, 0.0)
 """Defaults of the last inputs, the norms' weights and epsilon: the dispatcher does not pass on what equals its default."""
 INPUTS = len(signature(passes.forward).parameters)
 BEFORE_NORM = INPUTS - len(NO_NORM)
+OPTIONS = list(signature(passes.forward).parameters).index("interleaved")
+"""Inputs from here on are options: what a call computes, and last three that no backward asks for."""
 
 
 def _nobody_watches(x: Tensor) -> bool:
@@ -35,19 +37,22 @@ def _run_forward(inputs: tuple) -> tuple[Tensor, ...]:
         return attention_forward(*inputs)
 
 
+def _norm(inputs: tuple) -> tuple:
+    given = inputs[BEFORE_NORM:]
+    return given + NO_NORM[len(given) :]
+
+
 def _remember(ctx, output: tuple[Tensor, ...], inputs: tuple) -> None:
     """Keep what the backward reads: FP8 operands, O and its row statistics, and what is no tensor of this call's size.
 
     Where query and key are normalised, also these two as they came: views of what their projections gave.
     """
-    inputs, norm = inputs[:BEFORE_NORM], inputs[BEFORE_NORM:]
-    *operands, interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent, _, _, _ = inputs
-    query, key, value, *constants = operands
-    q_norm, k_norm, ctx.norm_eps = norm + NO_NORM[len(norm) :]
+    query, key, value, *constants = inputs[:OPTIONS]
+    ctx.options = inputs[OPTIONS : BEFORE_NORM - 3]
+    q_norm, k_norm, ctx.norm_eps = _norm(inputs)
     raw = (None, None) if q_norm is None else (query, key)
     ctx.save_for_backward(*output, *constants, *raw, q_norm, k_norm)
-    ctx.options = interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent
-    ctx.dtypes = [query.dtype, key.dtype, value.dtype]
+    ctx.dtypes = query.dtype, key.dtype, value.dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -57,29 +62,31 @@ def _refuse_second_derivatives() -> None:
         raise RuntimeError("fp8_attention has first derivatives only; its backward was called with create_graph=True")
 
 
-def _backward(ctx, grad_out: Tensor, packed: bool, *dtypes: torch.dtype) -> list[Any]:
-    """Gradients of all inputs; those of the operands are as `passes.backward` gives them."""
+def _backward(ctx, grad_out: Tensor, packed: bool, *dtypes: torch.dtype) -> tuple:
+    """Gradients of the operands, as `passes.backward` gives them, and of the two norms' weights."""
     _refuse_second_derivatives()
     *saved, query, key, q_norm, k_norm = ctx.saved_tensors
-    norm = (query, key, q_norm, k_norm, ctx.norm_eps)
     run = _backward_pass if _nobody_watches(grad_out) else attention_backward
-    *grads, partial = run(grad_out, *saved, *ctx.options, packed, *dtypes, *norm)
-    norm_grads: list[Tensor | None] = [None, None]
-    if q_norm is not None:
-        by_operand = partial.split((query.shape[1], key.shape[1]), dim=1)
-        needed = ctx.needs_input_grad[BEFORE_NORM + packed :][:2]
-        norm_grads = [
-            x.sum((0, 1, 2)).to(weight.dtype) if wanted else None
-            for x, weight, wanted in zip(by_operand, (q_norm, k_norm), needed, strict=True)
-        ]
-    return [*grads, *[None] * (BEFORE_NORM - 3), *norm_grads, None]
+    *grads, partial = run(grad_out, *saved, *ctx.options, packed, *dtypes, query, key, q_norm, k_norm, ctx.norm_eps)
+    if q_norm is None:
+        return *grads, None, None
+    by_operand = partial.split((query.shape[1], key.shape[1]), dim=1)
+    needed = ctx.needs_input_grad[-3:-1]
+    norm_grads = [
+        x.sum((0, 1, 2)).to(weight.dtype) if wanted else None
+        for x, weight, wanted in zip(by_operand, (q_norm, k_norm), needed, strict=True)
+    ]
+    return *grads, *norm_grads
 
 
 class _Attention(torch.autograd.Function):
-    """Autograd of the op, at its Autograd key: `torch.library.register_autograd` adds 0.5 ms of CPU time to every call."""
+    """Autograd of the op, of (query, key, value, q_norm, k_norm, all inputs): each argument costs time, so only these are seen.
+
+    At the op's Autograd key: `torch.library.register_autograd` adds 0.5 ms of CPU time to every call.
+    """
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx, query, key, value, q_norm, k_norm, inputs):
         output = _run_forward(inputs)
         _remember(ctx, output, inputs)
         return output
@@ -87,15 +94,15 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, *_):
         if grad_out is None:
-            return (None,) * INPUTS
-        return tuple(_backward(ctx, grad_out, False, *ctx.dtypes))
+            return (None,) * 6
+        return *_backward(ctx, grad_out, False, *ctx.dtypes), None
 
 
 class PackedAttention(torch.autograd.Function):
     """The op on views of one tensor (B, L, (Hq + 2·Hkv)·D), which gets one gradient: no split to be undone by a concatenation."""
 
     @staticmethod
-    def forward(ctx, packed, *inputs):
+    def forward(ctx, packed, q_norm, k_norm, inputs):
         output = _run_forward(inputs)
         _remember(ctx, output, inputs)
         ctx.packed = packed.shape, packed.dtype
@@ -104,10 +111,14 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, *_):
         if grad_out is None:
-            return (None,) * (INPUTS + 1)
+            return (None,) * 4
         shape, dtype = ctx.packed
-        grad, _, _, *others = _backward(ctx, grad_out, True, dtype, dtype, dtype)
-        return grad.view(shape), None, None, None, *others
+        grad, _, _, *norm_grads = _backward(ctx, grad_out, True, dtype, dtype, dtype)
+        return grad.view(shape), *norm_grads, None
+
+
+def _with_gradients(*inputs) -> tuple[Tensor, ...]:
+    return _Attention.apply(*inputs[:3], *_norm(inputs)[:2], inputs)
 
 
 def _on_device_of_operands(run):
@@ -123,7 +134,8 @@ def _on_device_of_operands(run):
     return call
 
 
-_forward, _backward_pass = _on_device_of_operands(passes.forward), _on_device_of_operands(passes.backward)
+_forward = _on_device_of_operands(repeated(passes.forward))
+_backward_pass = _on_device_of_operands(repeated(passes.backward))
 
 # Defined through a Library: the wrapper of `torch.library.custom_op` adds 0.4 ms of CPU time to every call (docs/kernels.md).
 _library = torch.library.Library("hf_geoscale", "FRAGMENT")
@@ -134,7 +146,7 @@ for _name, _run, _fake, _mutated in (
     _library.define(_name + torch.library.infer_schema(_run, mutates_args=_mutated))
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hf_geoscale::{_name}", _fake, lib=_library)
-_library.impl("fp8_attention", _Attention.apply, "Autograd")
+_library.impl("fp8_attention", _with_gradients, "Autograd")
 attention_forward = torch.ops.hf_geoscale.fp8_attention
 attention_backward = torch.ops.hf_geoscale.fp8_attention_backward
 
@@ -142,8 +154,9 @@ attention_backward = torch.ops.hf_geoscale.fp8_attention_backward
 def attend(packed: Tensor | None, *inputs) -> tuple[Tensor, ...]:
     """`attention_forward` of these inputs, with gradients; those of the operands as one of `packed`, where they are views of it."""
     if packed is not None:
-        return PackedAttention.apply(packed, *(x.detach() for x in inputs[:3]), *inputs[3:])
-    return _Attention.apply(*inputs) if _nobody_watches(inputs[0]) else attention_forward(*inputs)
+        inputs = (*(x.detach() for x in inputs[:3]), *inputs[3:])
+        return PackedAttention.apply(packed, *_norm(inputs)[:2], inputs)
+    return _with_gradients(*inputs) if _nobody_watches(inputs[0]) else attention_forward(*inputs)
 
 
 def lse(shift: Tensor, row_sum: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
 """Kernel launches without what Triton does in Python for each: binding and specialising thirty arguments costs more than a launch.
 
 The first launch of a specialisation goes through Triton; `DirectKernel` keeps the compiled kernel that it returns and calls it with
-the same arguments from then on. `descriptor` does the same for TMA descriptors, which Triton validates one by one.
+the same arguments from then on. `descriptor` does the same for TMA descriptors, which Triton validates one by one. `recording`
+keeps launches for `replay`, and `repeatable` takes what is still Python between a compiled kernel and the driver away from them.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from inspect import getclosurevars
 from typing import Any, NamedTuple
 
 import triton
@@ -18,7 +22,8 @@ RELEASES_READ = ((3, 6), (3, 9))
 CAPACITY = 1024
 """Specialisations kept of a kernel, and shapes of descriptors: new lengths make new ones. When it is full, all are forgotten."""
 
-_FOLLOWED = tuple(map(int, triton.__version__.split(".")[:2])) in RELEASES_READ and not knobs.runtime.interpret
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
+_FOLLOWED = RELEASE in RELEASES_READ and not knobs.runtime.interpret
 
 
 def _observed() -> bool:
@@ -30,6 +35,11 @@ def _observed() -> bool:
     return bool(
         (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True))
     )
+
+
+def follows() -> bool:
+    """Whether launches go past Triton's Python."""
+    return _FOLLOWED and not _observed()
 
 
 def _kind(x: Any) -> Any:
@@ -61,6 +71,29 @@ class _Compiled(NamedTuple):
     constants: tuple  # compile-time arguments after the positional ones
 
 
+class Launched(NamedTuple):
+    """A launch that was made."""
+
+    kernel: Any
+    compiled: _Compiled
+    grid: tuple[int, ...]
+    arguments: tuple  # all
+
+
+_recordings = threading.local()
+
+
+@contextmanager
+def recording() -> Iterator[list[Launched | None]]:
+    """The launches that this thread makes inside, as they come; None for one that went through Triton and left nothing to call."""
+    launches: list[Launched | None] = []
+    _recordings.launches = launches
+    try:
+        yield launches
+    finally:
+        _recordings.launches = None
+
+
 class DirectKernel:
     """A Triton or Gluon kernel, launched as ever: `kernel[grid](*arguments, **constants)`. Everything else is the kernel's.
 
@@ -81,8 +114,11 @@ class DirectKernel:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments, **options) -> None:
+        launches = getattr(_recordings, "launches", None)
         if not _FOLLOWED or self.kernel.pre_run_hooks or _observed():
             self.kernel[grid](*arguments, **options)
+            if launches is not None:
+                launches.append(None)
             return
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
@@ -90,12 +126,16 @@ class DirectKernel:
         compiled = self._known.get(key)
         if compiled is None:
             self._remember(key, self.kernel[grid](*arguments, **options), arguments, options)
-            return
-        x, y, z = (*grid, 1, 1)[:3]
-        stream = driver.get_current_stream(device)
-        compiled.run(
-            x, y, z, stream, compiled.function, compiled.metadata, None, None, None, *arguments, *compiled.constants
-        )
+            compiled = self._known.get(key)
+        else:
+            x, y, z = (*grid, 1, 1)[:3]
+            stream = driver.get_current_stream(device)
+            compiled.run(
+                x, y, z, stream, compiled.function, compiled.metadata, None, None, None, *arguments, *compiled.constants
+            )
+        if launches is not None:
+            whole = compiled and Launched(self.kernel, compiled, grid, (*arguments, *compiled.constants))
+            launches.append(whole)
 
     def _remember(self, key: tuple, compiled: Any, arguments: tuple, options: dict[str, Any]) -> None:
         """Keep a compiled kernel, if it is one that can be called directly."""
@@ -140,3 +180,85 @@ def descriptor(
     made = object.__new__(kind)
     made.__dict__.update(fields, base=x)
     return made
+
+
+class Described(NamedTuple):
+    """A descriptor among the arguments of a launch to repeat: `at` makes what stands there from the address of its base."""
+
+    base: Tensor
+    at: Callable[[int], Any]
+
+
+class _Address(int):
+    """What a descriptor asks of its base."""
+
+    def data_ptr(self) -> int:
+        return int(self)
+
+
+def _described(x: Any) -> Described:
+    kind, fields = type(x), {name: value for name, value in vars(x).items() if name != "base"}
+
+    def at(address: int) -> Any:
+        made = object.__new__(kind)
+        made.__dict__.update(fields, base=_Address(address))
+        return made
+
+    return Described(x.base, at)
+
+
+def repeatable(launched: Launched) -> tuple[Callable[[int, list], object], list]:
+    """How to make a launch again: a function of stream and arguments, and its arguments, in which every tensor is to be replaced by
+    an address and every `Described` by what it makes of one.
+
+    With Triton 3.6 that function is its C launcher: descriptors become the driver's tensor maps, with their shapes and strides. C
+    code takes addresses for tensors, and does not ask the driver about them.
+    """
+    compiled, arguments = launched.compiled, launched.arguments
+    x, y, z = (*launched.grid, 1, 1)[:3]
+    listed = [_described(a) if hasattr(a, "block_shape") else a for a in arguments]
+    run: Any = compiled.run
+    function, metadata = compiled.function, compiled.metadata
+    found = _c_launcher(run) if RELEASE == (3, 6) else None
+    if found is None:
+        rest: tuple = (function, metadata, None, None, None)
+        return lambda stream, arguments: run(x, y, z, stream, *rest, *arguments), listed
+    launch, expand = found
+    rest = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
+    return lambda stream, arguments: launch(x, y, z, stream, *rest, *arguments), expand(listed)
+
+
+def _c_launcher(run: Any) -> tuple[Callable, Callable[[list], list]] | None:
+    """The C function behind Triton 3.6's launcher of a kernel, and what makes its arguments of those of the launcher.
+
+    None where a kernel needs scratch memory, or where this is another launcher than the one that was read.
+    """
+    if getattr(run, "global_scratch_size", True) or getattr(run, "profile_scratch_size", True):
+        return None
+    if getattr(run.launch, "__closure__", None) is None:  # without descriptors nothing wraps the C function
+        return run.launch, list
+    try:
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        wrapped = getclosurevars(run.launch).nonlocals
+        return wrapped["launcher"], partial(_expand, make_tensordesc_arg, wrapped["tensordesc_meta"])
+    except (ImportError, KeyError):
+        return None
+
+
+def _expand(make: Callable[[Any, Any], list], layouts: list, arguments: list) -> list:
+    """Arguments with the parts that Triton hands to C for each descriptor: a tensor map, shape and strides."""
+    expanded: list = []
+    remaining = iter(layouts)
+    for a in arguments:
+        if type(a) is Described:
+            layout = next(remaining)
+            _, *shape_and_strides = make(a.at(a.base.data_ptr()), layout)
+            expanded += Described(a.base, partial(_first, make, a.at, layout)), *shape_and_strides
+        else:
+            expanded.append(a)
+    return expanded
+
+
+def _first(make: Callable[[Any, Any], list], at: Callable[[int], Any], layout: Any, address: int) -> Any:
+    return make(at(address), layout)[0]

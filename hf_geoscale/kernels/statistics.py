@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from ..scaling.formats import E4M3
+from .counters import amax_of, overflow_of
+
+CASTS_KEPT = 32
+"""Calls whose counts are added up together."""
 
 
 class AttentionStatistics:
@@ -25,9 +29,11 @@ class AttentionStatistics:
         self._cast_overflow: Tensor | None = None
         self._range_used: dict[str, Tensor] = {}
         self._latest: dict[str, Tensor] = {}
+        self._casts: list[Tensor] = []  # what fused forwards counted and `_cast_overflow` is still to be told
+        self._ranged = 0  # how many of these `_amax` was told
         self._amax: Tensor | None = None  # of q, k and v in FP8 units: what `_range_used` is still to be told
-        self._latest_amax: Tensor | None = None
-        self._counts: tuple[int, int, int] = (0, 0, 0)  # heads of q, k and v in these two
+        self._latest_casts: Tensor | None = None
+        self._counts: tuple[int, int, int] = (0, 0, 0)  # heads of q, k and v in all of these
         self.logit_amax: Tensor | None = None
         self._gradient_overflow: Tensor | None = None
 
@@ -45,16 +51,33 @@ class AttentionStatistics:
 
     def add_casts(
         self,
-        overflow: Tensor,  # (4,) int64 of q, k, v and logits
-        amax: Tensor,  # (Hq + 2·Hkv or more,) largest |x·quant_scale| of q, k and v
+        buffer: Tensor,  # (N,) of `counters.zeroed`, with what a fused forward counted
         counts: tuple[int, int, int],  # heads of q, k and v
     ) -> None:
-        """Add what a fused forward counted. Ranges are divided and taken apart only when somebody reads them."""
-        old = self._cast_overflow
-        # The first is cloned: torch.save refuses storage that tensors of two dtypes view.
-        self._cast_overflow = overflow.clone() if old is None else _on_device_of(overflow, old) + overflow
-        self._counts, self._latest_amax = counts, amax
-        self._amax = amax if self._amax is None else torch.maximum(_on_device_of(amax, self._amax), amax)
+        """Add what a fused forward counted: added up when somebody reads it, or with that of many calls."""
+        if counts != self._counts:
+            self._fold_casts()
+        self._casts.append(buffer)
+        self._counts, self._latest_casts = counts, buffer
+        if len(self._casts) >= CASTS_KEPT or torch.compiler.is_compiling():  # guards would follow the length of a list
+            self._fold_casts()
+
+    def _fold_amax(self) -> None:
+        if self._ranged == len(self._casts):
+            return
+        new = [amax_of(buffer, self._counts) for buffer in self._casts[self._ranged :]]
+        self._ranged = len(self._casts)
+        new += [] if self._amax is None else [self._amax]
+        self._amax = new[0] if len(new) == 1 else torch.stack([_on_device_of(new[0], x) for x in new]).amax(0)
+
+    def _fold_casts(self) -> None:
+        """Bring `_cast_overflow` and `_amax` up to date."""
+        self._fold_amax()
+        new = [overflow_of(buffer) for buffer in self._casts]
+        self._casts, self._ranged = [], 0
+        new += [] if self._cast_overflow is None else [self._cast_overflow]
+        if new:
+            self._cast_overflow = torch.stack([_on_device_of(new[0], x) for x in new]).sum(0)
 
     def add_range(self, operand: str, used: Tensor) -> None:
         self._latest[operand] = used
@@ -71,13 +94,13 @@ class AttentionStatistics:
 
     @range_used.setter
     def range_used(self, used: dict[str, Tensor]) -> None:
-        self._range_used, self._amax = used, None
+        self._range_used, self._amax, self._ranged = used, None, len(self._casts)
 
     @property
     def latest(self) -> dict[str, Tensor]:
-        if self._latest_amax is not None:
-            self._latest |= _by_operand(self._latest_amax / E4M3.max, self._counts)
-            self._latest_amax = None
+        if self._latest_casts is not None:
+            self._latest |= _by_operand(amax_of(self._latest_casts, self._counts) / E4M3.max, self._counts)
+            self._latest_casts = None
         return self._latest
 
     def add_logits(self, amax: Tensor) -> None:
@@ -87,6 +110,7 @@ class AttentionStatistics:
     @property
     def overflows_by_operand(self) -> dict[str, int]:
         """Values beyond ±448 before the cast of each operand, as numbers; waits for the device."""
+        self._fold_casts()
         counts = {operand: int(count) for operand, count in self._overflow.items()}
         if self._cast_overflow is not None:
             for operand, count in zip(("q", "k", "v", "logit"), self._cast_overflow.tolist(), strict=True):
@@ -103,6 +127,9 @@ class AttentionStatistics:
 
 def fold_ranges(statistics: Iterable[AttentionStatistics]) -> None:
     """Bring `range_used` of each up to date, in one division for all of them."""
+    statistics = list(statistics)
+    for s in statistics:
+        s._fold_amax()
     behind = [(s, s._amax) for s in statistics if s._amax is not None]
     shares = torch._foreach_div([amax for _, amax in behind], E4M3.max) if behind else ()
     for (s, _), used in zip(behind, shares, strict=True):
@@ -112,8 +139,7 @@ def fold_ranges(statistics: Iterable[AttentionStatistics]) -> None:
 
 
 def _by_operand(x: Tensor, counts: tuple[int, int, int]) -> dict[str, Tensor]:
-    parts = torch.split_with_sizes(x, (*counts, x.shape[0] - sum(counts)))
-    return dict(zip("qkv", parts[:3], strict=True))
+    return dict(zip("qkv", torch.split_with_sizes(x, counts), strict=True))
 
 
 def _on_device_of(x: Tensor, old: Tensor) -> Tensor:

@@ -5,18 +5,29 @@ import torch
 from torch import Tensor
 
 from hf_geoscale.kernels import AttentionStatistics
-from hf_geoscale.kernels.counters import ALIGNMENT, counters_of, empty_like_zeroed, v_norm_of, zeroed
-from hf_geoscale.kernels.statistics import fold_ranges
+from hf_geoscale.kernels.counters import (
+    ALIGNMENT,
+    amax_of,
+    counters_of,
+    empty_like_zeroed,
+    overflow_of,
+    v_norm_of,
+    zeroed,
+)
+from hf_geoscale.kernels.statistics import CASTS_KEPT, fold_ranges
 
 CPU = torch.device("cpu")
 COUNTS = (3, 1, 1)
 
 
-def cast(seed: int, counts: tuple[int, int, int] = COUNTS) -> tuple[Tensor, Tensor]:
-    """overflow and amax of one call, with the zeros behind them."""
+def cast(seed: int) -> Tensor:
+    """The buffer of one call."""
     generator = torch.Generator().manual_seed(seed)
-    amax = torch.cat([600 * torch.rand(sum(counts), generator=generator), torch.zeros(3)])
-    return torch.randint(9, (4,), generator=generator), amax
+    buffer = zeroed(1, *COUNTS[:2], True, False, CPU)
+    overflow, amax, _, _ = counters_of(buffer, 1, *COUNTS[:2], True, False)
+    overflow.copy_(torch.randint(9, (4,), generator=generator))
+    amax[: sum(COUNTS)] = 600 * torch.rand(sum(COUNTS), generator=generator)
+    return buffer
 
 
 class TestBuffer:
@@ -40,39 +51,65 @@ class TestBuffer:
 
 
 def test_what_one_call_counted_can_be_saved(tmp_path):
-    shape = (5, *COUNTS[:2], True, True)
-    counters = counters_of(zeroed(*shape, CPU), *shape)
     statistics = AttentionStatistics()
-    statistics.add_casts(counters.overflow, counters.amax, COUNTS)
+    statistics.add_casts(zeroed(5, *COUNTS[:2], True, True, CPU), COUNTS)
+    assert statistics.overflows == 0
     torch.save(statistics, tmp_path / "statistics.pt")
     assert torch.load(tmp_path / "statistics.pt", weights_only=False).overflows == 0
 
 
 class TestRanges:
-    def test_are_those_of_dividing_each_call(self):
+    @pytest.mark.parametrize("kept", [1, 2, 32])
+    def test_are_those_of_dividing_each_call(self, kept, monkeypatch):
+        monkeypatch.setattr("hf_geoscale.kernels.statistics.CASTS_KEPT", kept)
         statistics = AttentionStatistics()
         for seed in range(3):
-            statistics.add_casts(*cast(seed), COUNTS)
-        shares = [cast(seed)[1] / 448 for seed in range(3)]
-        expected = torch.stack(shares).amax(0).split([*COUNTS, 3])[:3]
+            statistics.add_casts(cast(seed), COUNTS)
+        shares = [amax_of(cast(seed), COUNTS) / 448 for seed in range(3)]
+        expected = torch.stack(shares).amax(0).split(COUNTS)
         assert all(torch.equal(statistics.range_used[x], y) for x, y in zip("qkv", expected, strict=True))
-        assert all(
-            torch.equal(statistics.latest[x], y) for x, y in zip("qkv", shares[2].split([*COUNTS, 3]), strict=False)
-        )
-        assert list(statistics.overflows_by_operand.values()) == sum(cast(seed)[0] for seed in range(3)).tolist()
+        assert all(torch.equal(statistics.latest[x], y) for x, y in zip("qkv", shares[2].split(COUNTS), strict=True))
+        counted = sum(overflow_of(cast(seed)) for seed in range(3)).tolist()
+        for _ in range(2):  # reading adds nothing
+            assert list(statistics.overflows_by_operand.values()) == counted
 
     def test_set_anew_forget_what_was_not_read(self):
         statistics = AttentionStatistics()
-        statistics.add_casts(*cast(0), COUNTS)
+        statistics.add_casts(cast(0), COUNTS)
         statistics.range_used = {}
         assert statistics.range_used == {}
         assert set(statistics.latest) == {"q", "k", "v"}
+        assert statistics.overflows == int(overflow_of(cast(0)).sum())
+
+    def test_read_in_between_miss_and_repeat_no_call(self):
+        statistics, whole = AttentionStatistics(), AttentionStatistics()
+        for seed in range(5):
+            statistics.add_casts(cast(seed), COUNTS)
+            whole.add_casts(cast(seed), COUNTS)
+            if seed == 1:
+                assert statistics.range_used["q"].tolist() == whole.range_used["q"].tolist()
+                statistics.range_used = {}
+            if seed == 2:
+                assert statistics.overflows > 0
+        later = AttentionStatistics()
+        for seed in range(2, 5):
+            later.add_casts(cast(seed), COUNTS)
+        assert {k: v.tolist() for k, v in statistics.range_used.items()} == {
+            k: v.tolist() for k, v in later.range_used.items()
+        }
+        assert statistics.overflows_by_operand == whole.overflows_by_operand
+
+    def test_many_calls_keep_few_buffers(self):
+        statistics = AttentionStatistics()
+        for seed in range(3 * CASTS_KEPT):
+            statistics.add_casts(cast(seed), COUNTS)
+            assert len(statistics._casts) < CASTS_KEPT
 
     def test_of_many_are_folded_together(self):
         together, alone = ([AttentionStatistics() for _ in range(3)] for _ in range(2))
         for group in (together, alone):
             for seed, statistics in enumerate(group[:2]):  # the third saw no call
-                statistics.add_casts(*cast(seed), COUNTS)
+                statistics.add_casts(cast(seed), COUNTS)
                 statistics.add_range("q", torch.full((3,), 0.5))
         fold_ranges(together)
         assert all(statistics._amax is None for statistics in together)
