@@ -118,17 +118,22 @@ def _float32_grams(maps: Sequence[Projection], heads: tuple[int, ...], kernels: 
     """Ĝ of every head, (N, D, D) float32; in torch `WORKSPACE` entries of the weights at a time."""
     dim, device = maps[0].weight.shape[1], maps[0].weight.device
     grams = torch.empty(sum(heads), dim, dim, dtype=torch.float32, device=device)
-    if kernels is None:
-        _grams_in_torch(maps, grams)
-        return grams
     rows = []
-    for p, place in zip(maps, accumulate(heads, initial=0), strict=False):
-        if kernels.can_read(p.weight, p.norm_gain):
-            rows.append((p.weight, p.norm_gain, place))
+    placed = zip(maps, accumulate(heads, initial=0), strict=False)
+    for readable, run in groupby(placed, lambda entry: _readable(entry[0], kernels)):
+        members = list(run)
+        if readable:
+            rows += [(p.weight, p.norm_gain, place) for p, place in members]
         else:
-            _grams_in_torch([p], grams[place : place + p.weight.shape[0]])
-    kernels.grams(rows, grams, SUM_WIDTH)
+            (last, place), start = members[-1], members[0][1]
+            _grams_in_torch([p for p, _ in members], grams[start : place + last.weight.shape[0]])
+    if kernels is not None and rows:
+        kernels.grams(rows, grams, SUM_WIDTH)
     return grams
+
+
+def _readable(p: Projection, kernels: MatrixKernels | None) -> bool:
+    return kernels is not None and kernels.can_read(p.weight, p.norm_gain)
 
 
 def _grams_in_torch(

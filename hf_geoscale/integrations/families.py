@@ -78,16 +78,19 @@ class AttentionSite:
         before = [self.input_norm] if self.stream is None else self.stream.modules
         return [*before, *(module for module in modules if module is not None)]
 
-    def version(self) -> tuple:
+    def version(self, modules: list[Any] | None = None) -> tuple:
         """Changes with every write, replacement or change of adapters (see `module_versions`) and of mode, and with every step
         of any torch optimizer (fused ones do not count as writes for torch).
 
         In evaluation mode the weights' bits count too, so that writes through `.data` are seen.
+
+        Args:
+            modules: `weight_modules()`, where the caller has them.
         """
-        training, modules = self.attention.training, submodules(self.weight_modules())
-        trainable = _is_trainable(modules)
+        training, owners = self.attention.training, submodules(modules or self.weight_modules())
+        trainable = _is_trainable(owners)
         steps = _optimizer_steps if trainable else None  # optimizers move nothing else
-        return (steps, training, *module_versions(modules, contents=not training))
+        return (steps, training, *module_versions(owners, contents=not training))
 
 
 def _is_trainable(modules: Iterable[Any]) -> bool:

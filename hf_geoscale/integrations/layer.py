@@ -1,5 +1,6 @@
 """What a patched attention module carries: where its weights are, its scales, and what it has seen."""
 
+import math
 import sys
 from collections import Counter
 from typing import Any
@@ -14,7 +15,8 @@ from ..geometry import LayerGeometry, LayerMaps, alpha_min
 from ..kernels import AttentionStatistics
 from ..scaling import E4M3, CallOperands, QuantScales, strategy_of
 from .families import AttentionSite
-from .refresh import HostValues, RefreshGroup
+from .host_values import HostValues
+from .refresh import RefreshGroup
 from .sharding import (
     can_be_read,
     follow_shards,
@@ -110,8 +112,9 @@ class GeoScaleLayer(PatchedLayer):
         """
         if self.site.stream is not None:
             self._refuse_sharded_stream()
-        refuse_unreadable(self.site.weight_modules(), self.name, self.enclosing)
-        version = self.site.version()
+        modules = self.site.weight_modules()
+        refuse_unreadable(modules, self.name, self.enclosing)
+        version = self.site.version(modules)
         vectors = None if self.geometry is None else self.geometry.vectors
         return LayerMaps(*self.site.projections(), self.site.softmax_scale, vectors), version
 
@@ -195,8 +198,8 @@ class GeoScaleLayer(PatchedLayer):
         """One of `Measurement`'s numbers for this layer, of the last refresh; 0 without headroom."""
         if self._measured is None or self.config.headroom == 1:
             return 0.0
-        (finite, *numbers), (_, place) = self._measured[0].read(), self._measured
-        return numbers[row * (len(numbers) // 2) + place] if finite else 0.0
+        (total, *numbers), (_, place) = self._measured[0].read(), self._measured
+        return numbers[row * (len(numbers) // 2) + place] if math.isfinite(total) else 0.0
 
     @property
     def max_weight_drift(self) -> float:

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -238,11 +239,12 @@ def refresh_scales(model: nn.Module, wait: bool = False) -> None:
     if not (patched := patched_layers(model)):
         raise ValueError("refresh_scales needs a patched model: call patch_model(model) first")
     layers = [layer for layer in patched if isinstance(layer, GeoScaleLayer)]
-    readable = [layer for layer in layers if layer.measurable]
+    measurable = [layer.measurable for layer in layers]
+    readable = list(compress(layers, measurable))
     if readable:
         readable[0].group.refresh(readable, wait)
-    for layer in layers:
-        if layer not in readable:
+    for layer, here in zip(layers, measurable, strict=True):
+        if not here:
             layer.mark_stale()
 
 

@@ -1,6 +1,7 @@
 """Refreshing the scales of many layers at once. The host never waits for a GPU, except the first time."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import NonFiniteWeightsError, UnsupportedModelError
@@ -16,6 +17,7 @@ from ..geometry import LayerGeometry, LayerMaps, MatrixKernels, measure_layers
 from ..kernels.backend import TRITON_INSTALLED
 from ..kernels.statistics import fold_ranges
 from ..scaling import refresh_together
+from .host_values import HostValues
 from .sharding import refuse_parallelism
 from .utilisation import add_together
 
@@ -28,51 +30,20 @@ FRESH_BYTES = 2**28
 """Bytes of weights that exist only to be measured (dequantised, with adapters) held at a time."""
 
 
-class HostValues:
-    """Numbers on their way from a device; `read` waits for them alone, not for what was queued after them."""
-
-    def __init__(self, values: Tensor):
-        self._values, self._event = values, None
-        self._numbers: list[float] | None = None
-        if values.is_cuda:
-            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(values.device))
-
-    def __reduce__(self) -> tuple:
-        self.read()
-        return HostValues, (self._values.clone(),)
-
-    @property
-    def here(self) -> bool:
-        """Whether reading needs no waiting, whatever the device does."""
-        return self._event is None
-
-    @property
-    def arrived(self) -> bool:
-        """Whether reading needs no waiting now."""
-        return self._event is None or self._event.query()
-
-    def read(self) -> list[float]:
-        if self._numbers is None:
-            if self._event is not None:
-                self._event.synchronize()
-            self._numbers = self._values.tolist()
-        return self._numbers
-
-
 @contextmanager
 def _exact_arithmetic() -> Iterator[None]:
     """No gradients, no inference tensors, no autocast."""
-    accelerator = torch.accelerator.current_accelerator()
-    devices = {"cpu"} if accelerator is None else {"cpu", accelerator.type}
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        for device in filter(torch.is_autocast_enabled, devices):
+    with ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
+        for device in filter(torch.is_autocast_enabled, _devices()):
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@cache
+def _devices() -> tuple[str, ...]:
+    """Types of the devices of this process."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
 @cache
@@ -119,14 +90,17 @@ class Measurement:
         self.geometries += measure_layers(batch, headroom, interaction, kernels=_matrix_kernels())
 
     def _summary(self) -> Tensor:
-        """[all finite, budgets of weight drift, largest weights], the latter two by layer and with headroom only."""
+        """[sum of all bounds, budgets of weight drift, largest weights], the latter two by layer and with headroom only.
+
+        No bound is below 0, so their sum is finite only if all are.
+        """
         bounds = [b for g in self.geometries for b in (g.q_bound, g.k_bound, g.v_bound)]
         device = bounds[0].device
-        parts = [torch.isfinite(_cat(bounds, device)).all().double()[None]]
-        if self.layers[0].config.headroom > 1:
-            parts.append(_cat([g.weight_drift[None] for g in self.geometries if g.weight_drift is not None], device))
-            parts.append(_cat([_weight_amax(layer) for layer in self.layers], device))
-        return torch.cat(parts)
+        total = _cat(bounds, device).sum(0, keepdim=True)
+        if self.layers[0].config.headroom == 1:
+            return total
+        drifts = [g.weight_drift[None] for g in self.geometries if g.weight_drift is not None]
+        return torch.cat([total, _cat(drifts, device), _cat([_weight_amax(layer) for layer in self.layers], device)])
 
     @property
     def known(self) -> bool:
@@ -154,7 +128,7 @@ class Measurement:
 
     def check(self) -> None:
         """Raise NonFiniteWeightsError, naming the layer and operand, unless every certificate is finite; undoes `install`."""
-        if self._values.read()[0]:
+        if math.isfinite(self._values.read()[0]):
             return
         if self.installed:
             self._undo()
@@ -175,7 +149,8 @@ class Measurement:
 
 def _cat(parts: Sequence[Tensor], device: torch.device) -> Tensor:
     # into pinned host memory a copy would not be waited for
-    return torch.cat([part.to(device, non_blocking=device.type == "cuda") for part in parts])
+    on_gpu = device.type == "cuda"
+    return torch.cat([part if part.device == device else part.to(device, non_blocking=on_gpu) for part in parts])
 
 
 def _weight_amax(layer: "GeoScaleLayer") -> Tensor:
@@ -188,11 +163,10 @@ def _weight_amax(layer: "GeoScaleLayer") -> Tensor:
 
 def _fresh_bytes(layer: "GeoScaleLayer", maps: LayerMaps) -> int:
     """Bytes of the weights that are no part of a parameter."""
-    parameters = layer.site.parameters()
-    starts = {p.data_ptr() for p in parameters}
-    others = [p.weight for p in maps.projections if p.weight.data_ptr() not in starts]  # no whole parameters
+    others = [p.weight for p in maps.projections if type(p.weight._base) is not nn.Parameter]  # no views of one
     if not others:
         return 0
+    parameters = layer.site.parameters()
     stored = {p.untyped_storage().data_ptr() for p in parameters}
     storages = [weight.untyped_storage() for weight in others]
     return sum(s.nbytes() for s in storages if s.data_ptr() not in stored)

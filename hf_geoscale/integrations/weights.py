@@ -125,6 +125,8 @@ def effective_weight(
     Raises:
         UnsupportedModelError: a module that hides its effective weight, or a weight of another shape.
     """
+    if (found := _whole_parameters(module)) is not None:
+        return _of_shape(found, shape, where)
     module = active_module(module)
     if type(module) in _ORDINARY and type(module.weight) is nn.Parameter:
         return _of_shape(_plain_weight(module, where), shape, where)  # neither adapters nor casts
@@ -147,6 +149,18 @@ def _of_shape(found: EffectiveWeight, shape: tuple[int, int], where: str) -> Eff
     if tuple(found.weight.shape) != shape:
         raise UnsupportedModelError(f"{where} must have a weight of shape {shape}, got {tuple(found.weight.shape)}")
     return found
+
+
+def _whole_parameters(module: Any) -> EffectiveWeight | None:
+    """Weight and bias of the ordinary case, where `_plain_weight` has nothing to refuse (no mark on the parameter), else None."""
+    if type(module) not in _ORDINARY:
+        return None
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter or vars(weight) or weight.is_meta:
+        return None
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return None
+    return EffectiveWeight(weight, module._parameters["bias"]) if "bias" in module._parameters else None
 
 
 def _plain_weight(module: Any, where: str) -> EffectiveWeight:

@@ -20,9 +20,8 @@ BLOCK = 64
 CAPABILITY_WITH_BF16 = (8, 0)
 """First CUDA compute capability whose matrix units multiply BF16."""
 
-IN_INTERPRETER = tl.constexpr(
-    INTERPRETED
-)  # whose casts to bfloat16 truncate, and whose `dot` multiplies its bit patterns
+IN_INTERPRETER = tl.constexpr(INTERPRETED)
+"""Its casts to bfloat16 truncate, and its `dot` multiplies bfloat16 bit patterns as integers."""
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -46,6 +45,8 @@ def gram_kernel(
     p_table,  # (N, 3) int64: addresses of the rows and of the factors, place of the result
     p_gram,  # (…, D, D) float32
     width,  # d
+    stride_d,
+    stride_w,
     TYPE: tl.constexpr,  # of the rows
     FACTOR: tl.constexpr,  # type of the factors; None without
     ALIGNED: tl.constexpr,  # whether every address is a multiple of 16
@@ -71,7 +72,7 @@ def gram_kernel(
             columns = first + o_column
             inside = (o_row < D)[:, None] & (columns < width)[None, :]
             # (DP, BLOCK)
-            b_rows = tl.load(p_rows + o_row[:, None] * width + columns[None, :], mask=inside, other=0.0)
+            b_rows = tl.load(p_rows + o_row[:, None] * stride_d + columns[None, :] * stride_w, mask=inside, other=0.0)
             if FACTOR is not None:
                 b_factors = tl.load(p_factors + columns, mask=columns < width, other=0.0).to(tl.float32)
                 b_rows = b_rows.to(tl.float32) * b_factors[None, :]
@@ -85,26 +86,32 @@ def gram_kernel(
 @lru_cache
 def takes(dim: int, device: torch.device) -> bool:
     """Whether the kernels here and in `spectral` run for D × D matrices on a device."""
-    if dim > DIM_MAX or INTERPRETED:
-        return dim <= DIM_MAX and device.type == "cpu"  # whose addresses the interpreter can follow
+    if dim > DIM_MAX:
+        return False
+    if INTERPRETED:
+        return device.type == "cpu"  # only there can it follow the addresses
     usable = device.type == "cuda" and torch.version.hip is None
     return usable and torch.cuda.get_device_capability(device) >= CAPABILITY_WITH_BF16
 
 
 def can_read(weight: Tensor, factors: Tensor | None) -> bool:
-    """Whether `grams` reads these (H, D, d) and (d,): of 16 or 32 bits, each head's rows and the factors in one piece."""
-    if weight.dtype not in _TYPES or weight.stride()[1:] != (weight.shape[2], 1):
+    """Whether `grams` reads these (H, D, d) and (d,): of 16 or 32 bits, offsets in a head below 2³¹, the factors in one piece."""
+    _, dim, width = weight.shape
+    _, stride_d, stride_w = weight.stride()
+    if weight.dtype not in _TYPES or dim * stride_d + width * stride_w >= 2**31:
         return False
     return factors is None or (factors.dtype in _TYPES and factors.is_contiguous() and factors.device == weight.device)
 
 
-def warps(padded: int) -> int:
-    """Warps of a program that holds matrices of this size in registers."""
-    return 8 if padded > 64 else 4
+@lru_cache
+def shape_of(dim: int) -> dict[str, int]:
+    """Compile-time arguments and warps of a program that holds D × D matrices in registers."""
+    padded = max(16, 1 << (dim - 1).bit_length())
+    return {"D": dim, "DP": padded, "num_warps": 8 if padded > 64 else 4}
 
 
 def grams(
-    rows: Sequence[Rows],  # as `can_read` allows, all with D of `out` and on its device
+    rows: Sequence[Rows],  # as `can_read` allows, any strides, all with D of `out` and on its device
     out: Tensor,  # (N, D, D) float32
     part: int,
 ) -> None:
@@ -116,19 +123,18 @@ def grams(
     launches: dict[tuple, list[tuple[int, ...]]] = {}
     for weight, factors, place in rows:
         heads, _, width = weight.shape
-        kind = (width, weight.dtype, None if factors is None else factors.dtype)
+        stride_h, *strides = weight.stride()
+        kind = (width, *strides, weight.dtype, None if factors is None else factors.dtype)
         address = 0 if factors is None else factors.data_ptr()
-        step = weight.stride(0) * weight.element_size()
+        step = stride_h * weight.element_size()
         launches.setdefault(kind, []).append((weight.data_ptr(), step, heads, address, place))
-    dim = out.shape[-1]
-    padded = max(16, triton.next_power_of_2(dim))
+    shape = shape_of(out.shape[-1])
     stream = torch.cuda.current_stream(out.device).cuda_stream if out.is_cuda else 0
-    for (width, dtype, factor_type), entries in launches.items():
+    for (width, stride_d, stride_w, dtype, factor_type), entries in launches.items():
         table, aligned = _table(tuple(entries), out.device, stream)
         types = {"TYPE": _TYPES[dtype], "FACTOR": _TYPES.get(factor_type), "ALIGNED": aligned}
-        blocks = {"PART": part, "D": dim, "DP": padded, "BLOCK": BLOCK, "num_warps": warps(padded)}
         with torch.cuda.device_of(out):
-            gram_kernel[(len(table),)](table, out, width, **types, **blocks)
+            gram_kernel[(len(table),)](table, out, width, stride_d, stride_w, **types, **shape, PART=part, BLOCK=BLOCK)
 
 
 @lru_cache(maxsize=256)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gram import can_read, grams, takes, warps
+from .gram import can_read, grams, shape_of, takes
 from .launcher import DirectKernel
 
 __all__ = ["can_read", "grams", "norm_bounds", "power_iteration", "takes"]
@@ -107,11 +107,8 @@ def norm_bounds(
     """
     count, dim, _ = grams.shape
     bound = grams.new_empty(count, dtype=torch.float64)
-    padded = max(16, triton.next_power_of_2(dim))
     with torch.cuda.device_of(grams):
-        norm_bound_kernel[(count,)](
-            grams, coefficients, bound, SQUARINGS=squarings, D=dim, DP=padded, num_warps=warps(padded)
-        )
+        norm_bound_kernel[(count,)](grams, coefficients, bound, SQUARINGS=squarings, **shape_of(dim))
     return bound
 
 
@@ -127,18 +124,7 @@ def power_iteration(
     """
     heads, dim = vectors.shape
     sigma, following = vectors.new_empty(heads, dtype=torch.float64), torch.empty_like(vectors)
-    padded = max(16, triton.next_power_of_2(dim))
+    group = heads // len(gram_k)
     with torch.cuda.device_of(vectors):
-        power_iteration_kernel[(heads,)](
-            gram_q,
-            gram_k,
-            vectors,
-            sigma,
-            following,
-            heads // len(gram_k),
-            rounds,
-            D=dim,
-            DP=padded,
-            num_warps=warps(padded),
-        )
+        power_iteration_kernel[(heads,)](gram_q, gram_k, vectors, sigma, following, group, rounds, **shape_of(dim))
     return sigma, following

@@ -113,7 +113,8 @@ class GeometryScaling:
 
 
 def _quant_scale(bound: Tensor, headroom: float) -> Tensor:
-    return (E4M3.max / (headroom * bound).clamp_min(SMALLEST_BOUND)).float()
+    widest = bound if headroom == 1 else headroom * bound
+    return (E4M3.max / widest.clamp_min(SMALLEST_BOUND)).float()
 
 
 def refresh_together(strategies: Sequence[ScalingStrategy], geometries: Sequence[LayerGeometry]) -> None:
