@@ -44,7 +44,9 @@ def environment(*packages: str) -> dict[str, str]:
     cuda = torch.cuda.is_available()
     return {
         "gpu": torch.cuda.get_device_name() if cuda else "CPU",
-        "driver": _shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else "none",
+        "driver": _shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+        if cuda
+        else "none",
         "torch": torch.__version__,
         "cudnn": str(torch.backends.cudnn.version()),
         "triton": _version("triton"),

@@ -6,6 +6,7 @@ accelerate launch examples/trainer.py MODEL TEXT_FILE OUTPUT_FOLDER
 
 import sys
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from hf_geoscale import GeoScaleCallback
@@ -22,7 +23,13 @@ def main(model_name: str, text_file: str, output: str) -> None:
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=output, max_steps=20, logging_steps=1, per_device_train_batch_size=1, report_to="none"
+            output_dir=output,
+            max_steps=20,
+            logging_steps=1,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            bf16=torch.cuda.is_available(),
+            report_to="none",
         ),
         train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
         callbacks=[GeoScaleCallback(every_n_steps=1)],  # patches the model, and keeps its scales fresh

@@ -173,6 +173,8 @@ def writes(device: str) -> dict:
 
         def after(write) -> tuple[bool, int]:
             write(model, device)
+            if device != "cpu":  # DeepSpeed gathers on a stream of its own, which does not wait for this one's writes
+                torch.cuda.synchronize()
             with counting_measurements() as measured, torch.no_grad():
                 engine(input_ids=batch)
             return all(map(torch.equal, scales_of(model), true_scales(model, device))), measured[0]

@@ -31,6 +31,9 @@ class Map(NamedTuple):
     fields: tuple
 
 
+POINTER_MIN = 2**22
+"""Integers from here on are addresses: no stride, length or dropout threshold here is as large, and no heap begins lower."""
+
 launches: list[Given] = []
 observing = True
 """Whether launches are kept."""
@@ -47,7 +50,7 @@ def launch(
 ) -> None:
     if not observing:
         return
-    pointers = [a if type(a) is int and a > 2**32 else address(a) for a in rest]
+    pointers = [a if type(a) is int and a >= POINTER_MIN else address(a) for a in rest]
     contents = [ctypes.string_at(p, 4) if p else None for p in pointers]
     launches.append(Given((x, y, z), function, rest, contents))
 
