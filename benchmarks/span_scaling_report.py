@@ -191,7 +191,7 @@ def to_markdown(host: dict, records: list[dict]) -> str:
         "`patch_model(model, span_scaling=SpanScaling(a_parallel, a_perpendicular))` for a patched model,",
         "`scale_span_gradients(query, key, value, scaling)` in front of any other attention function. The forward is untouched; a",
         "patched model goes without its fused front end, since spans are those of rotated queries and keys. What it costs:",
-        "`benchmarks/span_cost.py`. How much of the gradients is parallel: [span_operands.md](span_operands.md).",
+        "[span_cost.md](span_cost.md). How much of the gradients is parallel: [span_operands.md](span_operands.md).",
         "",
         verdict(host, records),
         "",
