@@ -28,7 +28,7 @@ def main(model_name: str, text_file: str, output: str) -> None:
             logging_steps=1,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=2,
-            bf16=torch.cuda.is_available(),
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
             report_to="none",
         ),
         train_dataset=[{"input_ids": block, "labels": block} for block in blocks],

@@ -120,7 +120,7 @@ def _float32_grams(maps: Sequence[Projection], heads: tuple[int, ...], kernels: 
     grams = torch.empty(sum(heads), dim, dim, dtype=torch.float32, device=device)
     rows = []
     placed = zip(maps, accumulate(heads, initial=0), strict=False)
-    for readable, run in groupby(placed, lambda entry: _readable(entry[0], kernels)):
+    for readable, run in groupby(placed, lambda entry: _readable(entry[0], kernels, device)):
         members = list(run)
         if readable:
             rows += [(p.weight, p.norm_gain, place) for p, place in members]
@@ -132,8 +132,8 @@ def _float32_grams(maps: Sequence[Projection], heads: tuple[int, ...], kernels: 
     return grams
 
 
-def _readable(p: Projection, kernels: MatrixKernels | None) -> bool:
-    return kernels is not None and kernels.can_read(p.weight, p.norm_gain)
+def _readable(p: Projection, kernels: MatrixKernels | None, device: torch.device) -> bool:
+    return kernels is not None and p.weight.device == device and kernels.can_read(p.weight, p.norm_gain)
 
 
 def _grams_in_torch(

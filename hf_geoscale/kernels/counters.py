@@ -39,7 +39,7 @@ def zeroed(batch: int, heads: int, kv_heads: int, count: bool, observe: bool, de
         count: with `overflow` and `amax`.
         observe: with `logit_max`.
     """
-    return torch.zeros(sum(_sections(batch, heads, kv_heads, count, observe)), device=device)
+    return torch.zeros(sum(_sections(batch, heads, kv_heads, count, observe)), dtype=torch.float32, device=device)
 
 
 def empty_like_zeroed(x: Tensor, batch: int, heads: int, kv_heads: int, count: bool, observe: bool) -> Tensor:

@@ -105,7 +105,7 @@ def forward(
     )  # fmt: skip
 
     out = _like_heads_inside(query, query.dtype)
-    shift = torch.empty(batch, heads, n_queries, device=device)
+    shift = torch.empty(batch, heads, n_queries, dtype=torch.float32, device=device)
     row_sum = torch.empty_like(shift)
     kernels = hopper.launches_for(call, device, counters=observe) or launch
     kernels.forward(call, q8, k8, residual, v8, out, shift, row_sum, logit_max, overflow)
@@ -184,7 +184,7 @@ def backward(
     )  # fmt: skip
     padded_dim, n_groups = call.padded_dim, cdiv(n_queries, GRADIENT_ROWS)
 
-    gradient_range = torch.zeros(batch, heads, n_groups, 2, device=device)
+    gradient_range = torch.zeros(batch, heads, n_groups, 2, dtype=torch.float32, device=device)
     grid = (batch * heads, cdiv(n_queries, QUANTIZE_ROWS))
     gradient_range_kernel[grid](
         grad_out, row_sum, gradient_range, *grad_out.stride(), heads, n_queries, n_groups, GRADIENT_ROWS, dim, padded_dim,
@@ -193,9 +193,9 @@ def backward(
     padded = _padded(n_queries)
     grad8 = torch.empty_like(q8)
     grad8_columns = torch.empty(batch, heads, dim, padded, dtype=q8.dtype, device=device)
-    row_factor, row_delta = torch.empty(2, batch, heads, n_queries, device=device).unbind()
-    group_delta, group_shift = torch.empty(2, batch, heads, padded, device=device).unbind()
-    group = torch.empty(batch, heads, n_groups, 4, device=device)
+    row_factor, row_delta = torch.empty(2, batch, heads, n_queries, dtype=torch.float32, device=device).unbind()
+    group_delta, group_shift = torch.empty(2, batch, heads, padded, dtype=torch.float32, device=device).unbind()
+    group = torch.empty(batch, heads, n_groups, 4, dtype=torch.float32, device=device)
     quantize_gradient_kernel[batch * heads, padded // QUANTIZE_ROWS](
         grad_out, out, shift, row_sum, gradient_range, v_norm_of(counted, batch, kv_heads), q_quant_scale, v_quant_scale, grad8,
         grad8_columns, row_factor, row_delta, group_delta, group_shift, group, *grad_out.stride(), *out.stride(), heads, kv_heads,

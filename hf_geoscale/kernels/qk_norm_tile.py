@@ -130,7 +130,7 @@ def empty_norm_gradient(query: Tensor, key: Tensor) -> Tensor:
     """Empty (B, Hq + Hkv, chunks, D) float32: what the rows of each chunk add to the gradient of their norm's weight."""
     batch, heads, n_queries, dim = query.shape
     n_chunks = cdiv(max(n_queries, key.shape[2]), CHUNK_ROWS)
-    return torch.empty(batch, heads + key.shape[1], n_chunks, dim, device=query.device)
+    return torch.empty(batch, heads + key.shape[1], n_chunks, dim, dtype=torch.float32, device=query.device)
 
 
 def norm_gradient(

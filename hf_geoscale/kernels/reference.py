@@ -131,7 +131,7 @@ def forward(
     row_max = torch.empty(batch, heads, length, dtype=torch.float32, device=device)
     row_sum = torch.empty_like(row_max)
     descale = _per_head(operands.v_descale, heads) / (PROBABILITY_QUANT_SCALE * (1 - options.dropout_p))
-    unit, logit_range = _logit_unit(operands), torch.zeros(heads, device=device)
+    unit, logit_range = _logit_unit(operands), torch.zeros(heads, dtype=torch.float32, device=device)
     for rows, columns, visible in visibility.blocks(device):
         logits = _logits_log2(q8[:, :, rows], keys[:, :, columns], operands, options)
         hidden = ~visible[:, None]

@@ -108,7 +108,7 @@ class _Memory:
             return
         device = tensors[0].device
         if zeroed:  # a fill of words is faster than one of bytes
-            self.makers.append(lambda: torch.zeros(size // 4, device=device))
+            self.makers.append(lambda: torch.zeros(size // 4, dtype=torch.float32, device=device))
         else:
             self.makers.append(lambda: torch.empty(size, dtype=torch.uint8, device=device))
 

@@ -57,6 +57,7 @@ class AttentionStatistics:
         """Add what a fused forward counted: added up when somebody reads it, or with that of many calls."""
         if counts != self._counts:
             self._fold_casts()
+            fold_ranges([self])
         self._casts.append(buffer)
         self._counts, self._latest_casts = counts, buffer
         if len(self._casts) >= CASTS_KEPT or torch.compiler.is_compiling():  # guards would follow the length of a list
@@ -80,7 +81,7 @@ class AttentionStatistics:
             self._cast_overflow = torch.stack([_on_device_of(new[0], x) for x in new]).sum(0)
 
     def add_range(self, operand: str, used: Tensor) -> None:
-        self._latest[operand] = used
+        self.latest[operand] = used  # after what earlier calls counted
         self._widen(operand, used)
 
     def _widen(self, operand: str, used: Tensor) -> None:

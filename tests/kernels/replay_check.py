@@ -179,8 +179,13 @@ def check(case: dict[str, Any]) -> None:
     for _ in range(replay.ATTEMPTS):
         kept.append(attend(**case))
     through = stubs.ordinary()
-    for _ in range(2):
+    sizes = []
+    for default in (torch.float32, torch.bfloat16):  # the second as while somebody loads a model in bfloat16
+        torch.set_default_dtype(default)
         kept.append(attend(**case))
+        sizes.append([make().nbytes for plan in plans() for make in plan.makers])
+        torch.set_default_dtype(torch.float32)
+        assert sizes[0] == sizes[-1], "workspaces of another size"
         assert [len(p) for p in kept[-1]] == [len(p) for p in kept[0]]
         for run, repeated in zip(kept[0], kept[-1], strict=True):
             pointers = [a for given in repeated.launches for a in given.arguments if isinstance(a, Tensor)]

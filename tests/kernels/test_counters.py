@@ -58,6 +58,20 @@ def test_what_one_call_counted_can_be_saved(tmp_path):
     assert torch.load(tmp_path / "statistics.pt", weights_only=False).overflows == 0
 
 
+@pytest.fixture
+def bfloat16_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_sections_have_their_types_whatever_the_default(bfloat16_by_default):
+    shape = (5, *COUNTS[:2], True, True)
+    counters = counters_of(zeroed(*shape, CPU), *shape)
+    assert [part.dtype for part in counters] == [torch.int64, *[torch.float32] * 3]
+    assert len(counters.overflow) == 4
+
+
 class TestRanges:
     @pytest.mark.parametrize("kept", [1, 2, 32])
     def test_are_those_of_dividing_each_call(self, kept, monkeypatch):
@@ -98,6 +112,21 @@ class TestRanges:
             k: v.tolist() for k, v in later.range_used.items()
         }
         assert statistics.overflows_by_operand == whole.overflows_by_operand
+
+    def test_of_other_head_counts_are_never_mixed(self):
+        statistics, counts = AttentionStatistics(), [(3, 1, 1), (2, 2, 2)]
+        buffers = [zeroed(5, *c[:2], True, True, CPU) for c in counts]
+        for buffer, c in zip(buffers, counts, strict=True):
+            statistics.add_casts(buffer, c)
+        assert statistics.overflows == 0
+        with pytest.raises(RuntimeError, match="must match the size"):
+            _ = statistics.range_used
+
+    def test_latest_is_of_the_last_call_whoever_made_it(self):
+        statistics = AttentionStatistics()
+        statistics.add_casts(cast(0), COUNTS)
+        statistics.add_range("q", torch.full((3,), 0.25))
+        assert statistics.latest["q"].tolist() == [0.25] * 3
 
     def test_many_calls_keep_few_buffers(self):
         statistics = AttentionStatistics()
