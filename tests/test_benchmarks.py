@@ -158,3 +158,47 @@ def test_the_rows_of_the_matrix_that_fail_are_named():
     assert (
         "Its one row marked as failing, DeepSpeed ZeRO-3 on two GPUs, had 27 tests pass there and one fail" in readme()
     )
+
+
+def test_costs_quoted_are_those_of_their_records():
+    """What docs/kernels.md, README.md and CHANGELOG.md say of Liger, the refresh, the norms and the longest sequences."""
+    rows = {(r["model"], r["length"], r["contender"]): r for r in read_lines("step.jsonl") if r["setting"] == "plain"}
+
+    def median(model: str, length: int, contender: str, what: str = "step") -> float:
+        return statistics.median(rows[model, length, contender]["times"][what])
+
+    def ratio(model: str, length: int) -> str:
+        return f"{median(model, length, 'SDPA cuDNN') / median(model, length, 'Liger + hf_geoscale'):.2f}"
+
+    kernels = " ".join((ROOT / "docs/kernels.md").read_text().split())
+    large, small = ratio("Llama-3-8B", 8192), ratio("Llama-3.2-1B", 2048)
+    assert (
+        f"together they are {large} at 8,192 tokens of Llama-3-8B layers and {small} at 2,048 of Llama-3.2-1B"
+        in readme()
+    )
+    assert f"attention it is {large} times as fast at 8,192 tokens" in kernels
+    ours = [(m, n) for m, n, contender in rows if contender == "hf_geoscale"]
+    shares = [100 * median(m, n, "hf_geoscale", "refresh") / median(m, n, "hf_geoscale") for m, n in ours]
+    assert f"takes {min(shares):.2f} to {max(shares):.2f} % of a step" in kernels
+    layers = [
+        median("Llama-3-8B", 32768, c) / rows["Llama-3-8B", 32768, c]["layers"] for c in ("SDPA cuDNN", "hf_geoscale")
+    ]
+    assert "takes {:.1f} ms under SDPA and {:.1f} under ours".format(*layers) in kernels
+    assert f"1.28 would be {layers[0] / 1.28:.1f} ms" in kernels
+    first = rows["Llama-3.2-1B", 8192, "Liger + hf_geoscale"]["first_steps"]
+    off = [100 * (first[c]["norm"] / first["SDPA cuDNN"]["norm"] - 1) for c in ("Liger + hf_geoscale", "hf_geoscale")]
+    said = f"by {off[0]:.2f} %, where the gate allows {100 * first['allowed']['norm']:.2f} ({off[1]:.2f} under our attention alone)"
+    assert said in kernels
+    page = (ROOT / "docs/qk_norm_cost.md").read_text()
+    inside, alone = re.search(r"\| 8,192 \| in the kernels \| \S+ / (\S+) / \S+ \| \d+ \| \S+ / (\S+) /", page).groups()
+    outside = re.search(r"\| 8,192 \| modules \| \S+ / (\S+) /", page)[1]
+    assert (
+        f"takes {float(inside):.2f} ms forward and backward there, and {float(outside):.2f} with its norms as modules"
+        in kernels
+    )
+    assert f"{float(alone):.2f} ms at 8,192 tokens" in kernels
+    refresh = re.search(
+        r"Llama-3-8B \| bfloat16 \|[^|]*\|[^|]*\| ([\d.]+) \[[^|]*\| ([\d.]+) \[",
+        (ROOT / "docs/refresh_cost.md").read_text(),
+    )
+    assert f"{refresh[1]} ms on the device, {float(refresh[2]):.1f} on the host" in (ROOT / "CHANGELOG.md").read_text()

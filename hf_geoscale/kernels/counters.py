@@ -8,7 +8,6 @@ from torch import Tensor
 ALIGNMENT = 4
 """Entries of float32 that every section starts at a multiple of: 16 bytes, which Triton compiles wide loads for."""
 
-
 OVERFLOW = 8
 """Entries of float32 that hold four counts in int64."""
 

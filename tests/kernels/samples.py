@@ -7,6 +7,8 @@ from torch import Tensor
 
 from hf_geoscale.scaling import E4M3
 
+from ..tolerances import GRADIENT_ERROR, OUTPUT_ERROR
+
 
 def draw(batch=2, heads=4, kv_heads=2, rows=70, keys=None, dim=64, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
@@ -36,3 +38,13 @@ def exact(q, k, v, visible: Tensor, softmax_scale: float, keep: Tensor | None = 
 def relative(approximation: Tensor, reference_: Tensor) -> float:
     approximation, reference_ = approximation.detach().double(), reference_.detach().double()
     return float((approximation - reference_).norm() / reference_.norm())
+
+
+def assert_near_exact(out: Tensor, truth: Tensor, operands: list[Tensor], seed: int) -> None:
+    """Output, and gradients of one random gradient of it, within the bounds of `tolerances`."""
+    assert relative(out, truth) < OUTPUT_ERROR
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.device)
+    ours = torch.autograd.grad(out, operands, gradient)
+    theirs = torch.autograd.grad(truth, operands, gradient.double())
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert relative(mine, expected) < GRADIENT_ERROR
