@@ -11,7 +11,7 @@ import triton.language as tl
 from .launcher import DirectKernel
 from .qk_norm_tile import inverse_rms, normalised
 from .rotary_tile import load_rotated
-from .tile import E4M3_MAX, RESIDUAL_GAIN, contracted_row, mix, to_e4m3
+from .tile import E4M3_MAX, RESIDUAL_GAIN, contracted_row, mix, paired_row, to_e4m3
 
 
 @triton.jit
@@ -187,10 +187,11 @@ def quantize_kernel(
 
 @triton.jit
 def to_columns(
-    p_rows, p_columns, i_head, n_rows, n_padded, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr
+    p_rows, p_columns, i_head, n_rows, n_padded, PAIRED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    start = tl.program_id(1) * BLOCK
-    rows, dims = contracted_row(start + tl.arange(0, BLOCK)), tl.arange(0, DP)
+    start, dims = tl.program_id(1) * BLOCK, tl.arange(0, DP)
+    position = start + tl.arange(0, BLOCK)
+    rows = paired_row(position) if PAIRED else contracted_row(position)
     p_tile = p_rows + (i_head.to(tl.int64) * n_rows + rows[:, None]) * D + dims[None, :]
     x = tl.load(p_tile, mask=(rows[:, None] < n_rows) & (dims[None, :] < D), other=0.0)
     if start < n_padded:
@@ -218,17 +219,18 @@ def transpose_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     HIGH: tl.constexpr,
+    PAIRED: tl.constexpr,  # k8_columns in the order of `paired_row`
     BLOCK: tl.constexpr,
 ):
     """The other layout of each operand, for the backward: program (i, block) takes head i of q, then of k, then of v."""
     i_head = tl.program_id(0)
     n_q, n_kv = n_batches * n_heads, n_batches * n_kv_heads
     if i_head < n_q:
-        to_columns(p_q8, p_q8_columns, i_head, n_queries, n_padded_queries, D, DP, BLOCK)
+        to_columns(p_q8, p_q8_columns, i_head, n_queries, n_padded_queries, False, D, DP, BLOCK)
     elif i_head < n_q + n_kv:
-        to_columns(p_k8, p_k8_columns, i_head - n_q, n_keys, n_padded_keys, D, DP, BLOCK)
+        to_columns(p_k8, p_k8_columns, i_head - n_q, n_keys, n_padded_keys, PAIRED, D, DP, BLOCK)
         if HIGH:
-            to_columns(p_residual, p_residual_columns, i_head - n_q, n_keys, n_padded_keys, D, DP, BLOCK)
+            to_columns(p_residual, p_residual_columns, i_head - n_q, n_keys, n_padded_keys, False, D, DP, BLOCK)
     else:
         i_head -= n_q + n_kv
         columns, dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DP)

@@ -99,6 +99,7 @@ def quantize_gradient_kernel(
     p_row_delta,  # (B, Hq, Lq): δ·t of each row, for dQ
     p_group_delta,  # (B, Hq, Lp): δ·t of the row's group, for dK
     p_group_shift,  # (B, Hq, Lp): p_shift, +∞ where a row saw no key and beyond Lq, so that its P̃ is 0
+    p_ratio,  # (B, Hq, Lp): t of each row over that of its group, with RATIO
     p_group,  # (B, Hq, groups, 4): t, real units of dK and of dV accumulators, descale of dO′
     stride_b,
     stride_h,
@@ -118,6 +119,7 @@ def quantize_gradient_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
+    RATIO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_head, start = tl.program_id(0), tl.program_id(1) * BLOCK
@@ -150,6 +152,8 @@ def quantize_gradient_kernel(
     seen = tl.load(p_row_sum + i_rows, mask=valid, other=0.0) > 0
     tl.store(p_group_delta + i_padded, delta * group_factor)
     tl.store(p_group_shift + i_padded, tl.where(seen, tl.load(p_shift + i_rows, mask=valid, other=0.0), float("inf")))
+    if RATIO:
+        tl.store(p_ratio + i_padded, row_factor / group_factor)
     if start % GROUP == 0 and start < n_rows:
         # one factor at a time: scales of all-zero weights are 2⁶⁰ and more, and their products overflow
         dk_unit = softmax_scale / 256 / group_factor / quant_scale / v_quant_scale / tl.load(p_q_quant_scale + head)

@@ -38,6 +38,12 @@ def contracted_row(position):
 
 
 @triton.jit
+def paired_row(position):
+    """Which row of the sequence enters a product at a position, where rows i and i + 8 of every 16 are stored side by side."""
+    return (position & -16) | ((position & 1) << 3) | ((position >> 1) & 7)
+
+
+@triton.jit
 def to_e4m3(x):
     """Round to E4M3, clamping to ±448 first: no cast is relied on to saturate. NaN stays NaN."""
     return tl.clamp(x, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)

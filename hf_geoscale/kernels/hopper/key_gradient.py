@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ..launcher import DirectKernel
+from .logit_gradient import BUFFERS, store_transposed, tile_number, wait_stored
 from .shared import (
     HIDDEN,
     ROWS,
@@ -61,11 +62,11 @@ def block_span(
 @gluon.jit
 def load_tiles(
     descriptors, tiles, barriers, place, lengths, span, D: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr, MIX: gl.constexpr,
+    CONSUMERS: gl.constexpr, MIX: gl.constexpr, STORED: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: keys and values once, then every tile of queries and gradients that some warpgroup needs."""
-    d_q, d_grad, d_q_columns, d_grad_columns, d_shift, d_delta, d_k, d_v, d_signs = descriptors
-    q, grad, q_columns, grad_columns, shift, delta, k, v, signs = tiles
+    d_q, d_grad, d_q_columns, d_grad_columns, d_shift, d_delta, d_ratio, d_k, d_v, d_signs = descriptors
+    q, grad, q_columns, grad_columns, shift, delta, ratio, k, v, signs = tiles
     ready, free, held = barriers
     i_kv, start_key, first_head, heads = place
     n_queries, n_keys, n_padded = lengths
@@ -81,11 +82,13 @@ def load_tiles(
         for start_row in range(start, stop, BM):
             stage = wait_free(free, turn, STAGES)
             here = ready.index(stage)
-            mbarrier.expect(here, 4 * d_q.block_type.nbytes + 2 * d_shift.block_type.nbytes)
+            mbarrier.expect(here, 4 * d_q.block_type.nbytes + (3 if STORED else 2) * d_shift.block_type.nbytes)
             load_tile(d_q, [i_head * n_queries + start_row, 0], here, q.index(stage))
             load_tile(d_grad, [i_head * n_queries + start_row, 0], here, grad.index(stage))
             load_tile(d_shift, [i_head * n_padded + start_row], here, shift.index(stage))
             load_tile(d_delta, [i_head * n_padded + start_row], here, delta.index(stage))
+            if STORED:
+                load_tile(d_ratio, [i_head * n_padded + start_row], here, ratio.index(stage))
             load_tile(d_grad_columns, [i_head * D, start_row], here, grad_columns.index(stage))
             load_tile(d_q_columns, [i_head * D, start_row], here, q_columns.index(stage))
             turn += 1
@@ -94,13 +97,15 @@ def load_tiles(
 @gluon.jit
 def multiply_tiles(
     context, WHICH: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
-    MIX: gl.constexpr, TURNED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGES: gl.constexpr,
+    MIX: gl.constexpr, TURNED: gl.constexpr, STORED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    RANGES: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: dK and dV of the WHICH-th 64 keys of the block."""
     S: gl.constexpr = accumulator(BM)
     ROW: gl.constexpr = gl.SliceLayout(0, S)
-    tiles, barriers, place, lengths, span, scalars, pointers, strides = context
-    q, grad, q_columns, grad_columns, shift, delta, k, v, signs = tiles
+    tiles, barriers, place, lengths, span, scalars, pointers, strides, storing = context
+    d_stored, buffers, first_head_stored = storing
+    q, grad, q_columns, grad_columns, shift, delta, ratio, k, v, signs = tiles
     ready, free, held = barriers
     i_kv, block_key, first_head, heads = place
     n_queries, n_keys, _ = lengths
@@ -112,6 +117,8 @@ def multiply_tiles(
     start, full_start, full_stop, stop = block_span(
         p_span, batch, start_key, n_queries, n_keys, window, ROWS, BM, CAUSAL, WINDOW, RANGES
     )
+    if start_key >= n_keys:  # keys of the last block beyond the last
+        start, stop = block_stop, block_stop
     k, v = k.index(WHICH), v.index(WHICH)
     dk = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
     dv = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
@@ -155,15 +162,24 @@ def multiply_tiles(
                 dp = warpgroup_mma_wait(0, deps=[dp])
                 p8 = operand(p, BM)
                 row_delta = delta.index(stage).load(ROW)  # as late as it goes: registers are short
-                ds8 = operand(p * (dp * group_factor - row_delta[None, :]), BM)
+                ds = p * (dp * group_factor - row_delta[None, :])
+                ds8 = operand(ds, BM)
                 dv = warpgroup_mma(p8, grad_columns.index(stage).permute((1, 0)), dv, is_async=True)
                 dk = warpgroup_mma(ds8, q_columns.index(stage).permute((1, 0)), dk, is_async=True)
+                if STORED:
+                    i_tile = tile_number(
+                        i_head - first_head_stored, start_row // ROWS, start_key // ROWS, gl.cdiv(n_queries, ROWS)
+                    )
+                    ds *= ratio.index(stage).load(ROW)[None, :]
+                    store_transposed(d_stored, buffers.index(WHICH * BUFFERS + turn % BUFFERS), i_tile, ds)
                 dv, dk = warpgroup_mma_wait(
                     0, deps=[dv, dk]
                 )  # later would be better, but takes more registers than there are
                 mbarrier.arrive(free.index(stage), count=1)
                 turn += 1
             turn = skip_tiles(ready, free, turn, end, high, BM, STAGES)
+    if STORED:
+        wait_stored()
     stride_b, stride_h, stride_l, cos_b, cos_l = strides
     dv *= dv_unit
     store_tile(p_dv, dv, batch, kv_head, start_key, n_keys, stride_b, stride_h, stride_l, D, DP)
@@ -189,6 +205,8 @@ def key_gradient_kernel(
     d_grad_columns,  # (B·Hq·D, Lp)
     d_shift,  # (B·Hq·Lp,)
     d_delta,  # (B·Hq·Lp,)
+    d_ratio,  # (B·Hq·Lp,), with STORED
+    d_stored,  # (tiles · 64, 32) int16, with STORED: dS8 of the heads from those of first_kv on
     d_signs,  # (DP, DP) bfloat16, with MIX
     p_q_quant_scale,
     p_k_quant_scale,
@@ -204,6 +222,7 @@ def key_gradient_kernel(
     dk_l,
     cos_b,
     cos_l,
+    first_kv,
     n_heads,
     n_kv_heads,
     n_queries,
@@ -218,6 +237,7 @@ def key_gradient_kernel(
     BM: gl.constexpr,
     MIX: gl.constexpr,
     TURNED: gl.constexpr,  # turn dK back through RoPE
+    STORED: gl.constexpr,  # leave dS8 for dQ
     CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr,
     RANGES: gl.constexpr,
@@ -226,30 +246,33 @@ def key_gradient_kernel(
     REGISTERS: gl.constexpr,
 ):
     gl.static_assert(GROUP % BM == 0, "the rows of a tile must share a group's scales")
+    gl.static_assert(BM == ROWS or not STORED, "a tile stored is 64 rows of 64 keys")
     KEYS: gl.constexpr = CONSUMERS * ROWS
     block, i_kv = heaviest_first(gl.cdiv(n_keys, KEYS))
+    i_kv += first_kv
     start_key, heads = block * KEYS, n_heads // n_kv_heads
     start, _, _, stop = block_span(
         p_span, i_kv // n_kv_heads, start_key, n_queries, n_keys, window, KEYS, BM, CAUSAL, WINDOW, RANGES
     )
-    descriptors = (d_q, d_grad, d_q_columns, d_grad_columns, d_shift, d_delta, d_k, d_v, d_signs)
+    descriptors = (d_q, d_grad, d_q_columns, d_grad_columns, d_shift, d_delta, d_ratio, d_k, d_v, d_signs)
     tiles = (
         allocate(d_q, STAGES), allocate(d_grad, STAGES), allocate(d_q_columns, STAGES), allocate(d_grad_columns, STAGES),
-        allocate(d_shift, STAGES), allocate(d_delta, STAGES), allocate(d_k, CONSUMERS), allocate(d_v, CONSUMERS),
-        allocate(d_signs, 1) if MIX else None,
+        allocate(d_shift, STAGES), allocate(d_delta, STAGES), allocate(d_ratio, STAGES) if STORED else None,
+        allocate(d_k, CONSUMERS), allocate(d_v, CONSUMERS), allocate(d_signs, 1) if MIX else None,
     )  # fmt: skip
     barriers = ring_barriers(STAGES, CONSUMERS)
     place, lengths, span = (i_kv, start_key, i_kv * heads, heads), (n_queries, n_keys, n_padded), (start, stop)
     scalars = (window, softmax_scale, n_groups, n_heads, n_kv_heads)
     pointers = (p_q_quant_scale, p_k_quant_scale, p_range, p_span, p_group, p_cos, p_sin, p_dk, p_dv)
     strides = (dk_b, dk_h, dk_l, cos_b, cos_l)
-    context = (tiles, barriers, place, lengths, span, scalars, pointers, strides)
+    storing = (d_stored, allocate(d_stored, CONSUMERS * BUFFERS) if STORED else None, first_kv * heads)
+    context = (tiles, barriers, place, lengths, span, scalars, pointers, strides, storing)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES)),
-                (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES)),
-                (load_tiles, (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, MIX)),
+                (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES)),
+                (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES)),
+                (load_tiles, (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, MIX, STORED)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -257,10 +280,10 @@ def key_gradient_kernel(
     else:
         gl.warp_specialize(
             [
-                (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES)),
-                (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES)),
-                (multiply_tiles, (context, 2, GROUP, D, DP, BM, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES)),
-                (load_tiles, (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, MIX)),
+                (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES)),
+                (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES)),
+                (multiply_tiles, (context, 2, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES)),
+                (load_tiles, (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, MIX, STORED)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],

@@ -1,0 +1,205 @@
+"""dS8 on its way through memory, from the kernel of dK and dV, which computes it, to that of dQ: five products instead of seven.
+
+A warpgroup holds dSᵀ as (64 keys, 64 rows), and dQ = dS·K contracts over keys, along which an 8-bit operand must be contiguous. Keys
+i and i + 8 of every 16 belong to the same thread: rounded together they are one 16-bit element, and matrices of those are transposed
+on their way to shared memory (`stmatrix.trans`). So keys are stored in the order 0 8 1 9 … (`tile.paired_row`), in which the other
+operand, k8's columns, is stored too. A tile is 64 rows × 64 keys, 4 KiB; only those that somebody sees are stored.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..launcher import DirectKernel
+from .shared import (
+    ROWS,
+    accumulator,
+    allocate,
+    heaviest_first,
+    load_tile,
+    mix,
+    ring_barriers,
+    skip_tiles,
+    store_rotated_back,
+    store_tile,
+    wait_free,
+    wait_ready,
+)
+
+BUFFERS = gl.constexpr(2)
+"""Tiles of a warpgroup on their way from shared memory to global memory."""
+
+
+@gluon.jit
+def tile_number(i_head, row_tile, key_tile, n_tiles):
+    """Place of a tile among those stored: by head, row and key, of causal attention with as many queries as keys."""
+    return i_head * (n_tiles * (n_tiles + 1) // 2) + row_tile * (row_tile + 1) // 2 + key_tile
+
+
+@gluon.jit
+def round_pairs(x, COLUMNS: gl.constexpr):
+    """An accumulator tile (64, COLUMNS), rounded to E4M3 in pairs of rows i and i + 8 of every 16: (32, COLUMNS) int16."""
+    low, high = x.reshape([ROWS // 16, 2, 8, COLUMNS]).permute([0, 2, 3, 1]).split()
+    pairs = gl.inline_asm_elementwise(
+        """{
+        .reg .b16 first, second;
+        cvt.rn.satfinite.e4m3x2.f32 first, $3, $1;
+        cvt.rn.satfinite.e4m3x2.f32 second, $4, $2;
+        mov.b32 $0, {first, second};
+        }""",
+        "=r,f,f,f,f",
+        [low, high],
+        dtype=gl.int16,
+        is_pure=True,
+        pack=2,
+    )
+    return pairs.reshape([ROWS // 2, COLUMNS])
+
+
+@gluon.jit
+def store_transposed(d_stored, buffer, i_tile, x):
+    """Start storing an accumulator tile (64 keys, 64 rows) as E4M3, row by row; buffers take turns."""
+    tma.store_wait(pendings=BUFFERS - 1)
+    buffer.permute((1, 0)).store(round_pairs(x, ROWS))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(d_stored, [i_tile * ROWS, 0], buffer)
+
+
+@gluon.jit
+def wait_stored():
+    """Wait until shared memory is free of what `store_transposed` stores: before a program ends."""
+    tma.store_wait(pendings=0)
+
+
+@gluon.jit
+def load_tiles(
+    descriptors, tiles, barriers, place, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, MIX: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: every tile of keys once, and with it the tiles of dS8 of all warpgroups."""
+    d_stored, d_k_columns, d_signs = descriptors
+    ds, k_columns, signs = tiles
+    ready, free, held = barriers
+    i_stored, i_kv, first_tile, n_tiles, n_turns = place
+    if MIX:
+        mbarrier.expect(held, d_signs.block_type.nbytes)
+        load_tile(d_signs, [0, 0], held, signs.index(0))
+    for turn in range(n_turns):
+        stage = wait_free(free, turn, STAGES)
+        here = ready.index(stage)
+        mbarrier.expect(here, d_k_columns.block_type.nbytes + CONSUMERS * d_stored.block_type.nbytes)
+        load_tile(d_k_columns, [i_kv * D, turn * ROWS], here, k_columns.index(stage))
+        for i in gl.static_range(CONSUMERS):
+            row_tile = min(first_tile + i, n_tiles - 1)
+            i_tile = tile_number(i_stored, row_tile, min(turn, row_tile), n_tiles)
+            load_tile(d_stored, [i_tile * ROWS, 0], here, ds.index(stage * CONSUMERS + i))
+
+
+@gluon.jit
+def multiply_tiles(
+    context, WHICH: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, MIX: gl.constexpr, TURNED: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: dQ of the WHICH-th 64 rows of the block."""
+    tiles, barriers, place, n_turns, scalars, pointers, strides = context
+    ds, k_columns, signs = tiles
+    ready, free, held = barriers
+    i_head, i_kv, first_tile, n_queries = place
+    softmax_scale, n_groups, n_heads, n_kv_heads = scalars
+    p_k_quant_scale, p_v_quant_scale, p_row_factor, p_group, p_cos, p_sin, p_dq = pointers
+    batch, head, kv_head = i_head // n_heads, i_head % n_heads, i_kv % n_kv_heads
+    start_row = (first_tile + WHICH) * ROWS
+    own_turns = min(first_tile + WHICH + 1, n_turns)
+    dq = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
+    for turn in range(own_turns):
+        stage = wait_ready(ready, turn, STAGES)
+        operands = ds.index(stage * CONSUMERS + WHICH), k_columns.index(stage).permute((1, 0))
+        dq = warpgroup_mma(operands[0], operands[1], dq, is_async=True)
+        dq = warpgroup_mma_wait(0, deps=[dq])
+        mbarrier.arrive(free.index(stage), count=1)
+    skip_tiles(ready, free, own_turns, own_turns, n_turns, 1, STAGES)
+    rows = start_row + gl.arange(0, ROWS, gl.SliceLayout(1, accumulator(DP)))
+    row_factor = gl.load(p_row_factor + i_head.to(gl.int64) * n_queries + rows, mask=rows < n_queries, other=1.0)
+    i_group = i_head * n_groups + min(start_row // GROUP, n_groups - 1)  # rows past the last are not stored
+    unit = softmax_scale / 256 * gl.load(p_group + i_group * 4 + 3)
+    unit = unit / gl.load(p_k_quant_scale + kv_head) / gl.load(p_v_quant_scale + kv_head)
+    dq *= (unit / row_factor)[:, None]
+    if MIX:
+        mbarrier.wait(held, 0)
+        dq = mix(dq, signs.index(0), DP, MIX)
+    stride_b, stride_h, stride_l, cos_b, cos_l = strides
+    if TURNED:
+        store_rotated_back(
+            p_dq, dq, p_cos, p_sin, batch, head, start_row, n_queries, stride_b, stride_h, stride_l, cos_b, cos_l, D
+        )
+    else:
+        store_tile(p_dq, dq, batch, head, start_row, n_queries, stride_b, stride_h, stride_l, D, DP)
+
+
+@DirectKernel
+@gluon.jit
+def query_product_kernel(
+    d_stored,  # descriptors: (tiles · 64, 64) E4M3, of the heads from first_head on
+    d_k_columns,  # (B·Hkv·D, Lp), in the order of `tile.paired_row`
+    d_signs,  # (DP, DP) bfloat16, with MIX
+    p_k_quant_scale,
+    p_v_quant_scale,
+    p_row_factor,  # (B, Hq, Lq)
+    p_group,  # (B, Hq, groups, 4)
+    p_cos,  # (B or 1, Lq, D/2), with TURNED
+    p_sin,
+    p_dq,  # (B, Hq, Lq, D), strides dq_*
+    dq_b,
+    dq_h,
+    dq_l,
+    cos_b,
+    cos_l,
+    first_head,
+    n_heads,
+    n_kv_heads,
+    n_queries,
+    n_groups,
+    softmax_scale,
+    GROUP: gl.constexpr,
+    D: gl.constexpr,
+    DP: gl.constexpr,
+    MIX: gl.constexpr,
+    TURNED: gl.constexpr,  # turn dQ back through RoPE
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    """dQ = dS8·K8 of some heads, one program per block of query rows and query head, 64 rows per warpgroup."""
+    gl.static_assert(GROUP % ROWS == 0, "the rows of a tile must share a group's scales")
+    gl.static_assert(CONSUMERS == 3, "one partition a warpgroup stands below")
+    n_blocks = gl.cdiv(n_queries, CONSUMERS * ROWS)
+    block, i_stored = heaviest_first(n_blocks)
+    first_tile = (n_blocks - 1 - block) * CONSUMERS
+    i_head = first_head + i_stored
+    i_kv = i_head // (n_heads // n_kv_heads)
+    n_tiles = gl.cdiv(n_queries, ROWS)
+    n_turns = min(first_tile + CONSUMERS, n_tiles)
+    descriptors = (d_stored, d_k_columns, d_signs)
+    tiles = (
+        allocate(d_stored, STAGES * CONSUMERS), allocate(d_k_columns, STAGES), allocate(d_signs, 1) if MIX else None,
+    )  # fmt: skip
+    barriers = ring_barriers(STAGES, CONSUMERS)
+    source = (i_stored, i_kv, first_tile, n_tiles, n_turns)
+    place, scalars = (i_head, i_kv, first_tile, n_queries), (softmax_scale, n_groups, n_heads, n_kv_heads)
+    pointers = (p_k_quant_scale, p_v_quant_scale, p_row_factor, p_group, p_cos, p_sin, p_dq)
+    context = (tiles, barriers, place, n_turns, scalars, pointers, (dq_b, dq_h, dq_l, cos_b, cos_l))
+    gl.warp_specialize(
+        [
+            (multiply_tiles, (context, 0, GROUP, D, DP, STAGES, CONSUMERS, MIX, TURNED)),
+            (multiply_tiles, (context, 1, GROUP, D, DP, STAGES, CONSUMERS, MIX, TURNED)),
+            (multiply_tiles, (context, 2, GROUP, D, DP, STAGES, CONSUMERS, MIX, TURNED)),
+            (load_tiles, (descriptors, tiles, barriers, source, D, STAGES, CONSUMERS, MIX)),
+        ],
+        [4, 4, 1],
+        [REGISTERS, REGISTERS, 24],
+    )
