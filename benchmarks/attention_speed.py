@@ -80,10 +80,10 @@ class Ours:
         return self.whole_forward(), *self.whole_backward()
 
     def _record(self) -> None:
-        """Keep the launches of the three attention kernels, so that they can be repeated without the quantising ones."""
-        names = ("forward", "query_gradient", "key_gradient")
-        modules = [module for module in (launch, hopper.launch) if module]
-        originals = {(module, name): getattr(module, name) for module in modules for name in names}
+        """Keep the launches of the attention kernels, so that they can be repeated without the quantising ones."""
+        names = ("forward", "query_gradient", "key_gradient", "gradients")
+        places = [(module, name) for module in (launch, hopper.launch) for name in names if hasattr(module, name)]
+        originals = {place: getattr(*place) for place in places}
 
         def recorded(name, original):
             def run(*args):
@@ -110,8 +110,9 @@ class Ours:
     def backward(self) -> None:
         if not self.kernels:
             self._record()
-        self.kernels["query_gradient"]()
-        self.kernels["key_gradient"]()
+        for name, run in self.kernels.items():
+            if name != "forward":
+                run()
 
     def result(self) -> tuple[Tensor, ...]:
         return self.whole_both()

@@ -78,49 +78,20 @@ class Launched(NamedTuple):
     compiled: _Compiled
     grid: tuple[int, ...]
     arguments: tuple  # all
-    lane: int  # of `lanes`
 
 
-class Wait(NamedTuple):
-    """A lane that waited for the other one (`lanes.wait`)."""
-
-    device: Any
-    lane: int
-
-
-class _Recordings(threading.local):
-    launches: list[Launched | Wait | None] | None = None
-    lane = 0
-
-
-_recordings = _Recordings()
+_recordings = threading.local()
 
 
 @contextmanager
-def recording() -> Iterator[list[Launched | Wait | None]]:
-    """What this thread launches inside, as it comes; None for a launch that went through Triton and left nothing to call."""
-    launches: list[Launched | Wait | None] = []
+def recording() -> Iterator[list[Launched | None]]:
+    """The launches that this thread makes inside, as they come; None for one that went through Triton and left nothing to call."""
+    launches: list[Launched | None] = []
     _recordings.launches = launches
     try:
         yield launches
     finally:
         _recordings.launches = None
-
-
-def note(wait: Wait) -> None:
-    """Add to the recording under way, if there is one."""
-    if _recordings.launches is not None:
-        _recordings.launches.append(wait)
-
-
-@contextmanager
-def noting_lane(lane: int) -> Iterator[None]:
-    """Launches inside are noted as those of a lane."""
-    _recordings.lane = lane
-    try:
-        yield
-    finally:
-        _recordings.lane = 0
 
 
 class DirectKernel:
@@ -143,7 +114,7 @@ class DirectKernel:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments, **options) -> None:
-        launches = _recordings.launches
+        launches = getattr(_recordings, "launches", None)
         if not _FOLLOWED or self.kernel.pre_run_hooks or _observed():
             self.kernel[grid](*arguments, **options)
             if launches is not None:
@@ -163,8 +134,7 @@ class DirectKernel:
                 x, y, z, stream, compiled.function, compiled.metadata, None, None, None, *arguments, *compiled.constants
             )
         if launches is not None:
-            everything = (*arguments, *compiled.constants) if compiled else ()
-            whole = compiled and Launched(self.kernel, compiled, grid, everything, _recordings.lane)
+            whole = compiled and Launched(self.kernel, compiled, grid, (*arguments, *compiled.constants))
             launches.append(whole)
 
     def _remember(self, key: tuple, compiled: Any, arguments: tuple, options: dict[str, Any]) -> None:

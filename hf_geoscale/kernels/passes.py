@@ -191,18 +191,19 @@ def backward(
         QUANTIZE_ROWS,
     )  # fmt: skip
     kernels = hopper.launches_for(call, device, counters=gradient_overflow is not None) or launch
-    stored = kernels.stored(call, q8, k8)
+    stored = kernels.heads_stored(call, q8, k8)
     padded = _padded(n_queries)
     grad8 = torch.empty_like(q8)
     grad8_columns = torch.empty(batch, heads, dim, padded, dtype=q8.dtype, device=device)
     row_factor, row_delta = torch.empty(2, batch, heads, n_queries, dtype=torch.float32, device=device).unbind()
-    group_rows = torch.empty(3 if stored else 2, batch, heads, padded, dtype=torch.float32, device=device)
-    group_delta, group_shift, *group_ratio = group_rows.unbind()
+    of_rows = torch.empty(3, batch, heads, padded, dtype=torch.float32, device=device)
+    group_delta, group_shift, group_ratio = of_rows.unbind()
     group = torch.empty(batch, heads, n_groups, 4, dtype=torch.float32, device=device)
     quantize_gradient_kernel[batch * heads, padded // QUANTIZE_ROWS](
         grad_out, out, shift, row_sum, gradient_range, v_norm_of(counted, batch, kv_heads), q_quant_scale, v_quant_scale, grad8,
-        grad8_columns, row_factor, row_delta, group_delta, group_shift, group_ratio[0] if stored else None, group, *grad_out.stride(), *out.stride(), heads, kv_heads,
-        n_queries, padded, n_groups, softmax_scale, survival, GRADIENT_ROWS, dim, padded_dim, stored is not None, QUANTIZE_ROWS,
+        grad8_columns, row_factor, row_delta, group_delta, group_shift, group_ratio, group, *grad_out.stride(), *out.stride(),
+        heads, kv_heads, n_queries, padded, n_groups, softmax_scale, survival, GRADIENT_ROWS, dim, padded_dim, stored > 0,
+        QUANTIZE_ROWS,
     )  # fmt: skip
     v8_rows = torch.empty_like(k8)
     q8_columns, k8_columns = torch.empty_like(grad8_columns), torch.empty_like(v8)
@@ -210,7 +211,7 @@ def backward(
     residual = residual if high else k8
     transpose_kernel[batch * (heads + 2 * kv_heads), cdiv(max(padded, v8.shape[3]), QUANTIZE_ROWS)](
         q8, k8, residual, v8, q8_columns, k8_columns, residual_columns, v8_rows, batch, heads, kv_heads, n_queries, padded,
-        n_keys, v8.shape[3], dim, padded_dim, high, stored is not None, QUANTIZE_ROWS,
+        n_keys, v8.shape[3], dim, padded_dim, high, stored > 0, QUANTIZE_ROWS,
     )  # fmt: skip
 
     if packed:
@@ -221,7 +222,7 @@ def backward(
         dk, dv = _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
     if stored:
         kernels.gradients(
-            call, stored, q8, q8_columns, k8, k8_columns, v8_rows, grad8, grad8_columns, group_shift, group_delta, *group_ratio,
+            call, stored, q8, q8_columns, k8, k8_columns, v8_rows, grad8, grad8_columns, group_shift, group_delta, group_ratio,
             row_factor, group, dq, dk, dv,
         )  # fmt: skip
     else:

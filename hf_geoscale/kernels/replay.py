@@ -14,8 +14,8 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import lanes, launcher
-from .launcher import Described, Launched, Wait
+from . import launcher
+from .launcher import Described, Launched
 
 SIGNATURES = 64
 """Plans kept of a pass: new lengths make new ones. When it is full, all are forgotten."""
@@ -140,7 +140,6 @@ class _Launch:
 
     def __init__(self, launched: Launched, memory: _Memory):
         self.launch, self.arguments = launcher.repeatable(launched)
-        self.lane = launched.lane
         self.pointers: list[tuple[int, int, int]] = []  # place among the arguments, slot, byte
         self.descriptors: list[tuple[int, int, int, Callable[[int], Any], dict[int, Any]]] = []
         for place, x in enumerate(self.arguments):
@@ -157,7 +156,7 @@ class _Launch:
             else:
                 self.pointers.append((place, *found))
 
-    def __call__(self, streams: tuple[int, ...], addresses: list[int]) -> None:
+    def __call__(self, stream: int, addresses: list[int]) -> None:
         arguments = self.arguments.copy()
         for place, slot, byte in self.pointers:
             arguments[place] = addresses[slot] + byte
@@ -169,22 +168,17 @@ class _Launch:
                     known.clear()
                 known[address] = made = at(address)
             arguments[place] = made
-        self.launch(streams[self.lane], arguments)
-
-
-def _wait(recorded: Wait) -> Callable[[tuple[int, ...], list[int]], None]:
-    return lambda streams, addresses: lanes.wait(*recorded)
+        self.launch(stream, arguments)
 
 
 class Plan:
     """What a recorded call did, for inputs of the same signature."""
 
-    def __init__(self, inputs: list[Tensor], outputs: tuple[Tensor, ...], made: dict, steps: list[Launched | Wait]):
+    def __init__(self, inputs: list[Tensor], outputs: tuple[Tensor, ...], made: dict, launches: list[Launched]):
         memory = _Memory(inputs, outputs, made)
-        self.steps = [_wait(step) if isinstance(step, Wait) else _Launch(step, memory) for step in steps]
+        self.launches = [_Launch(launched, memory) for launched in launches]
         self.makers, self.kept, self.returned = memory.makers, memory.kept, len(outputs)
-        self.hooks = [step.kernel.pre_run_hooks for step in steps if isinstance(step, Launched)]
-        self.lanes_of = next((step.device for step in steps if isinstance(step, Wait)), None)
+        self.hooks = [launched.kernel.pre_run_hooks for launched in launches]
 
     def run(self, addresses: list[int]) -> tuple[Tensor, ...]:
         """The outputs, from the addresses of the inputs."""
@@ -192,9 +186,8 @@ class Plan:
         addresses += [x.data_ptr() for x in made]
         driver = triton.runtime.driver.active
         stream = driver.get_current_stream(driver.get_current_device())
-        streams = (stream,) if self.lanes_of is None else lanes.handles(self.lanes_of, stream)
-        for step in self.steps:
-            step(streams, addresses)
+        for launch in self.launches:
+            launch(stream, addresses)
         return tuple(made[: self.returned])
 
 
@@ -218,7 +211,7 @@ def _record(run: Callable, inputs: tuple) -> tuple[tuple[Tensor, ...], Plan | No
     """Run a pass; its outputs, and its plan if it has one."""
     with launcher.recording() as launches, _Allocations() as allocations:
         outputs = run(*inputs)
-    direct = [step for step in launches if step is not None]
+    direct = [launched for launched in launches if launched is not None]
     if allocations.others or len(direct) < len(launches):
         return outputs, None
     try:

@@ -22,6 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "rotary": {"rotary": 32},
     "rotary, dim 80": {"dim": 80, "rotary": 40},
+    "dS stored": {"dim": 128, "rotary": 64},
     "packed": {"packed": True, "rotary": 32},
     "norms": {"norms": True, "rotary": 32},
     "window": {"window": 20},

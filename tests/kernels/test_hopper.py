@@ -39,7 +39,7 @@ class Compiled:  # a kernel whose launches only compile
 
 
 triton.runtime.driver.set_active(Driver())
-for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"):
+for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel", "query_product_kernel"):
     setattr(hopper.launch, name, Compiled(getattr(hopper.launch, name)))
 hopper.launch.query_spans = lambda *_: torch.zeros(1, 4, 4, dtype=torch.int32)
 
@@ -55,6 +55,10 @@ out, dk = (torch.zeros(1, count, length, dim, dtype=torch.bfloat16) for count in
 hopper.launch.forward(call, q8, k8, None, k8_columns, out, rows, rows, None, None)
 hopper.launch.query_gradient(call, q8, k8, k8_columns, None, None, k8, q8, rows, rows, rows, group, None, out)
 hopper.launch.key_gradient(call, q8, q8_columns, k8, None, k8, q8, q8_columns, rows, rows, group, dk, dk)
+call = Call(*scales, None, None, 0.125, True, 0, 0.0, False, dim, hadamard_signs(128, 16, key_range.device), 16)
+hopper.launch.gradients(
+    call, 2, q8, q8_columns, k8, k8_columns, k8, q8, q8_columns, rows, rows, rows, rows, group, out, dk, dk
+)
 """
 
 
@@ -66,5 +70,13 @@ def test_every_kernel_compiles(tmp_path):
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr[-2000:]
     reports = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, *_ in reports] == ["forward_kernel", "query_gradient_kernel", "key_gradient_kernel"]
+    assert [name for name, *_ in reports] == [
+        *(
+            "forward_kernel",
+            "query_gradient_kernel",
+            "key_gradient_kernel",
+            "key_gradient_kernel",
+            "query_product_kernel",
+        )
+    ]
     assert all(int(size) > 0 and int(products) > 0 for _, size, products in reports)

@@ -173,11 +173,11 @@ class TestRepeated:
         followed.setattr(
             launcher, "repeatable", lambda _: (lambda stream, arguments: given.append(arguments), [described, 5])
         )
-        launch = replay._Launch(SimpleNamespace(lane=0), replay._Memory([described.base], (), {}))
+        launch = replay._Launch(None, replay._Memory([described.base], (), {}))
         for address in (512, 1024, 512, 1024):
-            launch((7,), [address])
+            launch(7, [address])
         assert given == [[("map", a), 5] for a in (512, 1024, 512, 1024)]
         assert asked == [512, 1024]
         for i in range(3 * replay.TENSOR_MAPS):
-            launch((7,), [2048 + 16 * i])
+            launch(7, [2048 + 16 * i])
             assert len(launch.descriptors[0][-1]) <= replay.TENSOR_MAPS

@@ -272,7 +272,10 @@ def key_gradient_kernel(
             [
                 (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES)),
                 (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES)),
-                (load_tiles, (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, MIX, STORED)),
+                (
+                    load_tiles,
+                    (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, MIX, STORED),
+                ),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -283,7 +286,10 @@ def key_gradient_kernel(
                 (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES)),
                 (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES)),
                 (multiply_tiles, (context, 2, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES)),
-                (load_tiles, (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, MIX, STORED)),
+                (
+                    load_tiles,
+                    (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, MIX, STORED),
+                ),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .. import lanes
 from ..launch import Call, query_spans, rotate_back
 from ..launcher import descriptor
 from ..tiles import cdiv
@@ -55,25 +53,20 @@ class Rings:
     forward: Ring
     query_gradient: Ring
     key_gradient: Ring
-    query_product: Ring | None  # dQ from dS8 in memory; None: dQ computes its own, which is faster
+    query_product: Ring
+    stores: bool  # whether dQ comes from dS8 in memory, where it can, or always computes its own
 
 
 # padded head dimension → rings, for causal and full attention alike. Right: TFLOP/s of O | dQ | dK and dV, counted as in
 # `tiles.TABLE`: one H100 80 GB HBM3, 2026-11-22, torch 2.11, Triton 3.6, causal, one sequence of 16,384 tokens, 32/8 heads, in
 # sustained runs, where the card slows its clock to stay at 700 W.
 TABLE = {
-    64: Rings(Ring(128, 2, 3), Ring(64, 6, 3), Ring(64, 3, 3), None),  # 588 | 837 | 816
-    128: Rings(Ring(128, 2, 3), Ring(64, 3, 3), Ring(64, 3, 2), Ring(64, 8, 3)),  # 924 | 1178 | 1000
+    64: Rings(Ring(128, 2, 3), Ring(64, 6, 3), Ring(64, 3, 3), Ring(64, 8, 3), False),  # 588 | 837 | 816
+    128: Rings(Ring(128, 2, 3), Ring(64, 3, 3), Ring(64, 3, 2), Ring(64, 8, 3), True),  # 924 | 1178 | 1000
 }
 
-STORED_LENGTH_MIN = 2048
-"""Shortest sequences whose dS8 is stored."""
-
-STORED_BYTES_PER_ENTRY = 32
-"""Most memory for dS8, in bytes per entry of the queries: as much as 16 tensors like them in BF16. An MLP of Llama's keeps 14."""
-
-PROGRAMS = 132
-"""As many programs of the kernel of dK and dV as run at once."""
+STORED_BYTES_PER_ENTRY = 34
+"""Most memory for dS8, in bytes per entry of the queries: as 17 tensors like them in BF16. An MLP of Llama's keeps 14."""
 
 VECTOR = gl.NVMMASharedLayout(0, 32, 1)
 
@@ -168,40 +161,30 @@ def _key_gradient(
     count = batch * kv_heads if count is None else count
     dim = call.padded_dim
     ring = TABLE[dim].key_gradient
+    d_ratio = d_stored = None
+    if stored is not None:
+        d_ratio, d_stored = _vectors(group_ratio, ring.length), _tiles(stored.view(torch.int16), ROWS, ROWS // 2)
     key_gradient_kernel[(cdiv(n_keys, ring.block) * count,)](
         _tiles(q8, ring.length, dim), _tiles(q8_columns, dim, ring.length), _tiles(k8, ROWS, dim), _tiles(v8, ROWS, dim),
         _tiles(grad8, ring.length, dim), _tiles(grad8_columns, dim, ring.length), _vectors(group_shift, ring.length),
-        _vectors(group_delta, ring.length), _vectors(group_ratio, ring.length) if group_ratio is not None else None,
-        _tiles(stored.view(torch.int16), ROWS, ROWS // 2) if stored is not None else None, _signs(call), *call.scales[:2], call.key_range,
+        _vectors(group_delta, ring.length), d_ratio, d_stored, _signs(call), *call.scales[:2], call.key_range,
         query_spans(call, batch, n_queries, n_keys, ROWS, ring.length), group, call.cos, call.sin, dk, dv, *dk.stride()[:3],
         *call.angle_strides, first, heads, kv_heads, n_queries, n_keys, group_shift.shape[2], group.shape[2], call.window,
-        call.softmax_scale, GROUP=call.group_rows, BM=ring.length, MIX=call.mix, TURNED=_turns_back(call), STORED=stored is not None,
-        **_flags(call), **ring.launch,
+        call.softmax_scale, GROUP=call.group_rows, BM=ring.length, MIX=call.mix, TURNED=_turns_back(call),
+        STORED=stored is not None, **_flags(call), **ring.launch,
     )  # fmt: skip
 
 
-class Stored(NamedTuple):
-    """How dS8 is stored: of how many key/value heads at a time, counted through the batch, on how many streams (`..lanes`)."""
-
-    heads: int
-    lanes: int
-
-
-def stored(call: Call, q8: Tensor, k8: Tensor) -> Stored | None:
-    """How the backward stores dS8 for dQ; None where dQ computes its own."""
+def heads_stored(call: Call, q8: Tensor, k8: Tensor) -> int:
+    """Key/value heads, counted through the batch, whose dS8 the backward stores at a time for dQ; 0: dQ computes its own."""
     batch, heads, length, _ = q8.shape
     kv_heads, n_keys = k8.shape[1:3]
-    rings = TABLE[call.padded_dim]
-    if rings.query_product is None or not call.causal or call.window or call.key_range is not None or length != n_keys:
-        return None
-    if length < STORED_LENGTH_MIN:
-        return None
-    most = STORED_BYTES_PER_ENTRY * q8.numel() // _stored_bytes(length, heads // kv_heads)  # heads in memory
-    at_once = max(round(PROGRAMS / cdiv(length, rings.key_gradient.block)), 1)
-    if batch * kv_heads <= min(at_once, most):
-        return Stored(batch * kv_heads, 1)
-    at_once = min(at_once, max(most // lanes.COUNT, 1))
-    return Stored(at_once, min(most // at_once, lanes.COUNT)) if most else None
+    if not TABLE[call.padded_dim].stores or length != n_keys:
+        return 0
+    if not call.causal or call.window or call.key_range is not None:
+        return 0
+    most = STORED_BYTES_PER_ENTRY * q8.numel() // _stored_bytes(length, heads // kv_heads)
+    return cdiv(batch * kv_heads, cdiv(batch * kv_heads, most)) if most else 0
 
 
 def _stored_bytes(length: int, heads: int) -> int:
@@ -210,36 +193,26 @@ def _stored_bytes(length: int, heads: int) -> int:
 
 
 def gradients(
-    call: Call, how: Stored, q8, q8_columns, k8, k8_columns, v8, grad8, grad8_columns, group_shift, group_delta, group_ratio,
+    call: Call, at_once: int, q8, q8_columns, k8, k8_columns, v8, grad8, grad8_columns, group_shift, group_delta, group_ratio,
     row_factor, group, dq, dk, dv,
 ) -> None:  # fmt: skip
-    """dQ, dK and dV, a few key/value heads at a time: their dS8 is stored by the kernel of dK and dV, and read by that of dQ."""
-    batch, heads, n_queries, _ = q8.shape
+    """dQ, dK and dV of `at_once` key/value heads at a time: the kernel of dK and dV stores their dS8, which that of dQ reads."""
+    batch, heads, length, _ = q8.shape
     kv_heads, dim = k8.shape[1], call.padded_dim
     per_kv, ring = heads // kv_heads, TABLE[dim].query_product
-    rows = _stored_bytes(n_queries, how.heads * per_kv) // ROWS
-    memory = torch.empty(how.lanes, rows, ROWS, dtype=q8.dtype, device=q8.device).unbind()
-
-    def run(first: int, tiles: Tensor) -> None:
-        count = min(how.heads, batch * kv_heads - first)
+    rows = _stored_bytes(length, at_once * per_kv) // ROWS
+    tiles = torch.empty(rows, ROWS, dtype=q8.dtype, device=q8.device)
+    for first in range(0, batch * kv_heads, at_once):
+        count = min(at_once, batch * kv_heads - first)
         _key_gradient(
             call, q8, q8_columns, k8, v8, grad8, grad8_columns, group_shift, group_delta, group, dk, dv, group_ratio, tiles, first,
             count,
         )  # fmt: skip
-        query_product_kernel[(cdiv(n_queries, ring.block) * count * per_kv,)](
+        query_product_kernel[(cdiv(length, ring.block) * count * per_kv,)](
             _tiles(tiles, ROWS, ROWS), _tiles(k8_columns, dim, ROWS), _signs(call), *call.scales[1:], row_factor, group, call.cos,
-            call.sin, dq, *dq.stride()[:3], *call.angle_strides, first * per_kv, heads, kv_heads, n_queries, group.shape[2],
+            call.sin, dq, *dq.stride()[:3], *call.angle_strides, first * per_kv, heads, kv_heads, length, group.shape[2],
             call.softmax_scale, GROUP=call.group_rows, D=call.dim, DP=dim, MIX=call.mix, TURNED=_turns_back(call), **ring.launch,
         )  # fmt: skip
-
-    if how.lanes == 1:
-        for first in range(0, batch * kv_heads, how.heads):
-            run(first, memory[0])
-    else:
-        with lanes.open_lanes(q8.device) as on_lane:
-            for i, first in enumerate(range(0, batch * kv_heads, how.heads)):
-                with on_lane(i % how.lanes):
-                    run(first, memory[i % how.lanes])
     if not _turns_back(call):
         rotate_back(call, dq)
         rotate_back(call, dk)

@@ -1,9 +1,10 @@
 """dS8 on its way through memory, from the kernel of dK and dV, which computes it, to that of dQ: five products instead of seven.
 
-A warpgroup holds dSᵀ as (64 keys, 64 rows), and dQ = dS·K contracts over keys, along which an 8-bit operand must be contiguous. Keys
-i and i + 8 of every 16 belong to the same thread: rounded together they are one 16-bit element, and matrices of those are transposed
-on their way to shared memory (`stmatrix.trans`). So keys are stored in the order 0 8 1 9 … (`tile.paired_row`), in which the other
-operand, k8's columns, is stored too. A tile is 64 rows × 64 keys, 4 KiB; only those that somebody sees are stored.
+A warpgroup holds dSᵀ as (64 keys, 64 rows), and dQ = dS·K contracts over keys, along which an 8-bit operand must be contiguous.
+Keys i and i + 8 of every 16 belong to the same thread: rounded together they are one 16-bit element, and matrices of these are
+transposed on their way to shared memory (`stmatrix.trans`). So keys are stored in the order 0 8 1 9 … (`tile.paired_row`), as are
+the columns of k8, the other operand. A tile is 64 rows × 64 keys, 4 KiB; only those that somebody sees are stored. Each row has
+its own scale.
 """
 
 from triton.experimental import gluon
@@ -26,6 +27,7 @@ from .shared import (
     mix,
     ring_barriers,
     skip_tiles,
+    start_store,
     store_rotated_back,
     store_tile,
     wait_free,
@@ -68,7 +70,7 @@ def store_transposed(d_stored, buffer, i_tile, x):
     tma.store_wait(pendings=BUFFERS - 1)
     buffer.permute((1, 0)).store(round_pairs(x, ROWS))
     fence_async_shared()
-    tma.async_copy_shared_to_global(d_stored, [i_tile * ROWS, 0], buffer)
+    start_store(d_stored, [i_tile * ROWS, 0], buffer)
 
 
 @gluon.jit

@@ -24,6 +24,9 @@ PROBABILITY_LOG2 = tile.PROBABILITY_LOG2
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 """Start loading a tile from global to shared memory: (descriptor, position, barrier, destination). Triton renamed it after 3.6."""
 
+start_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+"""Start storing a tile from shared to global memory: (descriptor, position, source). Renamed, too."""
+
 # functions of scalars and rows that the portable kernels have already
 heaviest_first = gluon.jit(tile.heaviest_first.fn)
 key_span = gluon.jit(tile.key_span.fn)
