@@ -37,7 +37,8 @@ def heads_stored(length, heads=32, kv_heads=8, dim=128, batch=1, keys=None, caus
 print([heads_stored(length) for length in (1, 4096, 8192, 16384, 32768, 65536, 131072)])
 print([heads_stored(4096, batch=3), heads_stored(4096, kv_heads=32), heads_stored(32768, heads=28, kv_heads=4)])
 print([heads_stored(4096, dim=dim) for dim in (64, 80, 96)])
-others = {"keys": 5000}, {"causal": False}, {"window": 100}, {"ranges": torch.ones(1)}
+others = {"keys": 5000}, {"causal": False}, {"ranges": torch.ones(1)}
+print([heads_stored(length, window=4096) for length in (4096, 32768, 131072)])
 print([heads_stored(4096, **other) for other in others])
 """
 
@@ -52,7 +53,7 @@ def test_heads_are_stored_while_memory_is_little_beside_the_queries():
     if done.stderr.startswith("skip: "):
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == ["[8, 8, 8, 4, 2, 1, 0]", "[24, 32, 1]", "[0, 8, 8]", "[0, 0, 0, 0]"]
+    assert done.stdout.splitlines() == ["[8, 8, 8, 4, 2, 1, 0]", "[24, 32, 1]", "[0, 8, 8]", "[8, 8, 8]", "[0, 0, 0]"]
 
 
 class TestOperands:
@@ -81,6 +82,11 @@ STORED_CASES = {
     "a block without keys in its second half": {"rows": 200, "heads": 4},
     "dim 80": {"rows": 333, "dim": 80, "heads": 6, "kv_heads": 2},
     "two groups of rows, dim 96": {"rows": 2111, "dim": 96, "heads": 4, "kv_heads": 2},
+    "window": {"rows": 1100, "window": 300, "heads": 4, "kv_heads": 2},
+    "window of whole tiles": {"rows": 777, "window": 256},
+    "window of one key more": {"rows": 777, "window": 257},
+    "window of one": {"rows": 400, "window": 1},
+    "window of all": {"rows": 400, "window": 400},
     "multi-head": {"rows": 1100, "heads": 3, "kv_heads": 3},
     "rotary": {"rows": 700, "rotary": 64},
     "rotary, interleaved": {"rows": 700, "rotary": 64, "interleaved": True},

@@ -168,8 +168,8 @@ def multiply_tiles(
                 dk = warpgroup_mma(ds8, q_columns.index(stage).permute((1, 0)), dk, is_async=True)
                 if STORED:
                     i_tile = tile_number(
-                        i_head - first_head_stored, start_row // ROWS, start_key // ROWS, gl.cdiv(n_queries, ROWS)
-                    )
+                        i_head - first_head_stored, start_row // ROWS, start_key // ROWS, gl.cdiv(n_queries, ROWS), window, WINDOW
+                    )  # fmt: skip
                     ds *= ratio.index(stage).load(ROW)[None, :]
                     store_transposed(d_stored, buffers.index(WHICH * BUFFERS + turn % BUFFERS), i_tile, ds)
                 dv, dk = warpgroup_mma_wait(

@@ -181,15 +181,17 @@ def heads_stored(call: Call, q8: Tensor, k8: Tensor) -> int:
     kv_heads, n_keys = k8.shape[1:3]
     if not TABLE[call.padded_dim].stores or length != n_keys:
         return 0
-    if not call.causal or call.window or call.key_range is not None:
+    if not call.causal or call.key_range is not None:
         return 0
-    most = STORED_BYTES_PER_ENTRY * q8.numel() // _stored_bytes(length, heads // kv_heads)
+    most = STORED_BYTES_PER_ENTRY * q8.numel() // _stored_bytes(length, call.window, heads // kv_heads)
     return cdiv(batch * kv_heads, cdiv(batch * kv_heads, most)) if most else 0
 
 
-def _stored_bytes(length: int, heads: int) -> int:
+def _stored_bytes(length: int, window: int, heads: int) -> int:
+    """Of the tiles that `logit_gradient.tile_number` counts."""
     tiles = cdiv(length, ROWS)
-    return heads * tiles * (tiles + 1) // 2 * ROWS * ROWS
+    band = min((window + ROWS - 2) // ROWS + 1, tiles)
+    return heads * (tiles * band if window else tiles * (tiles + 1) // 2) * ROWS * ROWS
 
 
 def gradients(
@@ -200,7 +202,7 @@ def gradients(
     batch, heads, length, _ = q8.shape
     kv_heads, dim = k8.shape[1], call.padded_dim
     per_kv, ring = heads // kv_heads, TABLE[dim].query_product
-    rows = _stored_bytes(length, at_once * per_kv) // ROWS
+    rows = _stored_bytes(length, call.window, at_once * per_kv) // ROWS
     tiles = torch.empty(rows, ROWS, dtype=q8.dtype, device=q8.device)
     for first in range(0, batch * kv_heads, at_once):
         count = min(at_once, batch * kv_heads - first)
@@ -211,7 +213,8 @@ def gradients(
         query_product_kernel[(cdiv(length, ring.block) * count * per_kv,)](
             _tiles(tiles, ROWS, ROWS), _tiles(k8_columns, dim, ROWS), _signs(call), *call.scales[1:], row_factor, group, call.cos,
             call.sin, dq, *dq.stride()[:3], *call.angle_strides, first * per_kv, heads, kv_heads, length, group.shape[2],
-            call.softmax_scale, GROUP=call.group_rows, D=call.dim, DP=dim, MIX=call.mix, TURNED=_turns_back(call), **ring.launch,
+            call.window, call.softmax_scale, GROUP=call.group_rows, D=call.dim, DP=dim, MIX=call.mix, TURNED=_turns_back(call),
+            WINDOW=call.window > 0, **ring.launch,
         )  # fmt: skip
     if not _turns_back(call):
         rotate_back(call, dq)

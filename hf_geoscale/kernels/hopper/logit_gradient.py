@@ -39,9 +39,22 @@ BUFFERS = gl.constexpr(2)
 
 
 @gluon.jit
-def tile_number(i_head, row_tile, key_tile, n_tiles):
-    """Place of a tile among those stored: by head, row and key, of causal attention with as many queries as keys."""
-    return i_head * (n_tiles * (n_tiles + 1) // 2) + row_tile * (row_tile + 1) // 2 + key_tile
+def tiles_of_row(n_tiles, window, WINDOW: gl.constexpr):
+    """Tiles of keys, at most, that a tile of rows sees of causal attention with as many queries as keys."""
+    if WINDOW:
+        return min((window + ROWS - 2) // ROWS + 1, n_tiles)
+    else:
+        return n_tiles
+
+
+@gluon.jit
+def tile_number(i_head, row_tile, key_tile, n_tiles, window, WINDOW: gl.constexpr):
+    """Place of a tile among those stored: by head, row and key."""
+    if WINDOW:
+        band = tiles_of_row(n_tiles, window, WINDOW)
+        return (i_head * n_tiles + row_tile) * band + key_tile - row_tile + band - 1
+    else:
+        return i_head * (n_tiles * (n_tiles + 1) // 2) + row_tile * (row_tile + 1) // 2 + key_tile
 
 
 @gluon.jit
@@ -81,25 +94,32 @@ def wait_stored():
 
 @gluon.jit
 def load_tiles(
-    descriptors, tiles, barriers, place, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, MIX: gl.constexpr,
+    descriptors, tiles, barriers, place, span, window, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    MIX: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: every tile of keys once, and with it the tiles of dS8 of all warpgroups."""
     d_stored, d_k_columns, d_signs = descriptors
     ds, k_columns, signs = tiles
     ready, free, held = barriers
-    i_stored, i_kv, first_tile, n_tiles, n_turns = place
+    i_stored, i_kv, first_tile, n_tiles = place
+    start, stop, band = span
     if MIX:
         mbarrier.expect(held, d_signs.block_type.nbytes)
         load_tile(d_signs, [0, 0], held, signs.index(0))
-    for turn in range(n_turns):
+    turn = 0
+    for key_tile in range(start, stop):
         stage = wait_free(free, turn, STAGES)
         here = ready.index(stage)
         mbarrier.expect(here, d_k_columns.block_type.nbytes + CONSUMERS * d_stored.block_type.nbytes)
-        load_tile(d_k_columns, [i_kv * D, turn * ROWS], here, k_columns.index(stage))
+        load_tile(d_k_columns, [i_kv * D, key_tile * ROWS], here, k_columns.index(stage))
         for i in gl.static_range(CONSUMERS):
             row_tile = min(first_tile + i, n_tiles - 1)
-            i_tile = tile_number(i_stored, row_tile, min(turn, row_tile), n_tiles)
+            stored = min(
+                max(key_tile, row_tile - band + 1), row_tile
+            )  # another one in place of what its rows do not see
+            i_tile = tile_number(i_stored, row_tile, stored, n_tiles, window, WINDOW)
             load_tile(d_stored, [i_tile * ROWS, 0], here, ds.index(stage * CONSUMERS + i))
+        turn += 1  # noqa: SIM113 - Gluon has no enumerate
 
 
 @gluon.jit
@@ -108,23 +128,29 @@ def multiply_tiles(
     CONSUMERS: gl.constexpr, MIX: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: dQ of the WHICH-th 64 rows of the block."""
-    tiles, barriers, place, n_turns, scalars, pointers, strides = context
+    tiles, barriers, place, span, scalars, pointers, strides = context
     ds, k_columns, signs = tiles
     ready, free, held = barriers
     i_head, i_kv, first_tile, n_queries = place
+    block_start, block_stop, band = span
     softmax_scale, n_groups, n_heads, n_kv_heads = scalars
     p_k_quant_scale, p_v_quant_scale, p_row_factor, p_group, p_cos, p_sin, p_dq = pointers
     batch, head, kv_head = i_head // n_heads, i_head % n_heads, i_kv % n_kv_heads
-    start_row = (first_tile + WHICH) * ROWS
-    own_turns = min(first_tile + WHICH + 1, n_turns)
+    row_tile = first_tile + WHICH
+    start_row = row_tile * ROWS
+    start = min(max(row_tile - band + 1, block_start), block_stop)
+    stop = min(row_tile + 1, block_stop)
     dq = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
-    for turn in range(own_turns):
+    turn = skip_tiles(ready, free, gl.to_tensor(0), block_start, start, 1, STAGES)
+    for _ in range(start, stop):
         stage = wait_ready(ready, turn, STAGES)
-        operands = ds.index(stage * CONSUMERS + WHICH), k_columns.index(stage).permute((1, 0))
-        dq = warpgroup_mma(operands[0], operands[1], dq, is_async=True)
+        dq = warpgroup_mma(
+            ds.index(stage * CONSUMERS + WHICH), k_columns.index(stage).permute((1, 0)), dq, is_async=True
+        )
         dq = warpgroup_mma_wait(0, deps=[dq])
         mbarrier.arrive(free.index(stage), count=1)
-    skip_tiles(ready, free, own_turns, own_turns, n_turns, 1, STAGES)
+        turn += 1
+    skip_tiles(ready, free, turn, stop, block_stop, 1, STAGES)
     rows = start_row + gl.arange(0, ROWS, gl.SliceLayout(1, accumulator(DP)))
     row_factor = gl.load(p_row_factor + i_head.to(gl.int64) * n_queries + rows, mask=rows < n_queries, other=1.0)
     i_group = i_head * n_groups + min(start_row // GROUP, n_groups - 1)  # rows past the last are not stored
@@ -166,12 +192,14 @@ def query_product_kernel(
     n_kv_heads,
     n_queries,
     n_groups,
+    window,
     softmax_scale,
     GROUP: gl.constexpr,
     D: gl.constexpr,
     DP: gl.constexpr,
     MIX: gl.constexpr,
     TURNED: gl.constexpr,  # turn dQ back through RoPE
+    WINDOW: gl.constexpr,
     STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -185,22 +213,23 @@ def query_product_kernel(
     i_head = first_head + i_stored
     i_kv = i_head // (n_heads // n_kv_heads)
     n_tiles = gl.cdiv(n_queries, ROWS)
-    n_turns = min(first_tile + CONSUMERS, n_tiles)
+    band = tiles_of_row(n_tiles, window, WINDOW)
+    span = (max(first_tile - band + 1, 0), min(first_tile + CONSUMERS, n_tiles), band)
     descriptors = (d_stored, d_k_columns, d_signs)
     tiles = (
         allocate(d_stored, STAGES * CONSUMERS), allocate(d_k_columns, STAGES), allocate(d_signs, 1) if MIX else None,
     )  # fmt: skip
     barriers = ring_barriers(STAGES, CONSUMERS)
-    source = (i_stored, i_kv, first_tile, n_tiles, n_turns)
+    source = (i_stored, i_kv, first_tile, n_tiles)
     place, scalars = (i_head, i_kv, first_tile, n_queries), (softmax_scale, n_groups, n_heads, n_kv_heads)
     pointers = (p_k_quant_scale, p_v_quant_scale, p_row_factor, p_group, p_cos, p_sin, p_dq)
-    context = (tiles, barriers, place, n_turns, scalars, pointers, (dq_b, dq_h, dq_l, cos_b, cos_l))
+    context = (tiles, barriers, place, span, scalars, pointers, (dq_b, dq_h, dq_l, cos_b, cos_l))
     gl.warp_specialize(
         [
             (multiply_tiles, (context, 0, GROUP, D, DP, STAGES, CONSUMERS, MIX, TURNED)),
             (multiply_tiles, (context, 1, GROUP, D, DP, STAGES, CONSUMERS, MIX, TURNED)),
             (multiply_tiles, (context, 2, GROUP, D, DP, STAGES, CONSUMERS, MIX, TURNED)),
-            (load_tiles, (descriptors, tiles, barriers, source, D, STAGES, CONSUMERS, MIX)),
+            (load_tiles, (descriptors, tiles, barriers, source, span, window, D, STAGES, CONSUMERS, MIX, WINDOW)),
         ],
         [4, 4, 1],
         [REGISTERS, REGISTERS, 24],
