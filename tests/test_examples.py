@@ -80,7 +80,7 @@ def test_accelerate_loop(run, tiny_folder, text_file, bf16_launch):  # noqa: F81
     assert f"on {'cuda' if torch.cuda.is_available() else 'cpu'}" in out
     losses = [float(line.split()[-1]) for line in out.splitlines() if ": loss " in line]
     assert len(losses) == 20
-    assert losses[-1] < losses[0]
+    assert sum(losses[-5:]) < sum(losses[:5])  # of batches drawn at random
     assert "| utilisation | overflows |" in out
 
 
