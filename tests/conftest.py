@@ -129,6 +129,21 @@ def pytest_collection_modifyitems(config, items):
             item.user_properties.append(("feature", (marker.args[0], marker.kwargs.get("refused", False))))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One worker runs all of tests/distributed, whose files share their processes."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = super()._split_scope(nodeid)
+            return str(Path(path).parent) if "tests/distributed/" in path else path
+
+    return Scheduling(config, log)
+
+
 class _OnDevice(TorchFunctionMode):
     """New tensors and modules go to the device; a CPU generator draws on the CPU, so that numbers are the same everywhere."""
 

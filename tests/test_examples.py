@@ -1,10 +1,8 @@
 """The examples run, as their first lines say."""
 
 import importlib.util
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -60,20 +58,30 @@ def test_trainer(run, tiny_folder, text_file, tmp_path):  # noqa: F811
     assert (tmp_path / "model.safetensors").exists()
 
 
+@pytest.fixture
+def bf16_launch(monkeypatch):
+    """What `accelerate launch --mixed_precision bf16` leaves to its process; distributed/test_accelerate.py runs the launcher."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    reset()
+    yield AcceleratorState
+    reset()
+
+
 @pytest.mark.feature("Raw Accelerate loop")
-def test_accelerate_loop(tiny_folder, text_file, request):  # noqa: F811
-    """In a process of its own, by the launcher."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "bf16", "--dynamo_backend", "no", EXAMPLES / "accelerate_loop.py"]
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
-    command = list(map(str, [*launch, tiny_folder, text_file]))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    assert f"on {device}" in done.stdout
-    request.node.user_properties.append(("ran on", device))
-    assert "step 20: loss" in done.stdout
-    assert "| utilisation | overflows |" in done.stdout
+def test_accelerate_loop(run, tiny_folder, text_file, bf16_launch):  # noqa: F811
+    out = run("accelerate_loop.py", tiny_folder, text_file)
+    assert bf16_launch().mixed_precision == "bf16"
+    assert f"on {'cuda' if torch.cuda.is_available() else 'cpu'}" in out
+    losses = [float(line.split()[-1]) for line in out.splitlines() if ": loss " in line]
+    assert len(losses) == 20
+    assert sum(losses[-5:]) < sum(losses[:5])  # of batches drawn at random
+    assert "| utilisation | overflows |" in out
 
 
 @pytest.mark.feature("TRL SFTTrainer")

@@ -6,10 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 from typer.testing import CliRunner
 
 from hf_geoscale.cli import app
@@ -152,34 +151,41 @@ class TestRefusals:
         assert not (tmp_path / "out").exists()
 
 
-def test_killed_and_resumed_continues_with_the_same_losses(tiny_folder, text_file, tmp_path):
-    common = ["finetune", tiny_folder, "--text", text_file, "--length", 32, "--steps", 60, "--save-steps", 5]
+KILLED_IN_STEP_8 = """
+import os, signal
+from transformers import Trainer
+from hf_geoscale.cli import app
+
+original, calls = Trainer.training_step, []
+
+def training_step(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+Trainer.training_step = training_step
+app()
+"""
+
+
+def test_killed_and_resumed_continues_with_the_same_losses(tiny_folder, text_file, tmp_path, monkeypatch):
+    common = ["finetune", tiny_folder, "--text", text_file, "--length", 32, "--steps", 12, "--save-steps", 5]
     whole = run(*common, "--output", tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
     killed = tmp_path / "killed"
-    command = [
-        sys.executable,
-        "-c",
-        "from hf_geoscale.cli import app; app()",
-        *map(str, common),
-        "--output",
-        str(killed),
-    ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "200"}
-    )
-    deadline = time.monotonic() + 120
-    while not (killed / "checkpoints" / "checkpoint-10" / "trainer_state.json").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, "-c", KILLED_IN_STEP_8, *map(str, common), "--output", str(killed)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=240)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in (killed / "checkpoints").iterdir()] == ["checkpoint-5"]
     assert not (killed / "metrics.json").exists()
+    steps, original = [], Trainer.training_step
+    monkeypatch.setattr(Trainer, "training_step", lambda *args, **kwargs: steps.append(1) or original(*args, **kwargs))
     resumed = run(*common, "--output", killed, "--resume")
     assert resumed.exit_code == 0, resumed.output
+    assert len(steps) == 12 - 5
     ours, theirs = RunMetrics.read(killed), RunMetrics.read(tmp_path / "whole")
     assert ours.losses == theirs.losses
-    assert len(ours.losses) == 60
+    assert len(ours.losses) == 12
     assert (ours.eval_before, ours.eval_after) == (theirs.eval_before, theirs.eval_after)
-    assert json.loads((killed / "settings.json").read_text())["steps"] == 60
+    assert json.loads((killed / "settings.json").read_text())["steps"] == 12

@@ -1,8 +1,8 @@
 import json
 import shutil
-from pathlib import Path
 
 import pytest
+import torch
 from transformers import BloomConfig, BloomForCausalLM
 from typer.testing import CliRunner
 
@@ -35,16 +35,60 @@ def test_json_has_every_head_and_what_the_text_reached(tiny_folder, text_file):
             assert all(a <= b for a, b in zip(row[f"{name}_amax"], row[f"{name}_bound"], strict=True))
 
 
-def test_gguf_file_and_folder(tmp_path, request):
-    path = request.config.getoption("--smollm2")
-    if path is None:
-        pytest.skip("needs SmolLM2-135M: run `make test`, or pass --smollm2 FOLDER")
-    gguf = next(Path(path).parent.glob("*.gguf"))
-    result = run("inspect", gguf, "--json")
+@pytest.fixture
+def gguf_and_folder(tiny_folder, tmp_path):
+    """One model as llama.cpp writes it, projections in blocks of 8 bits, and as transformers does, with the same weights."""
+    gguf = pytest.importorskip("gguf")
+    model, tokenizer = load(str(tiny_folder))
+    shape, q8 = model.config, gguf.GGMLQuantizationType.Q8_0
+    folder, path = tmp_path / "folder", tmp_path / "file" / "tiny.gguf"
+    path.parent.mkdir()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(shape.num_hidden_layers)
+    writer.add_context_length(shape.max_position_embeddings)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_feed_forward_length(shape.intermediate_size)
+    writer.add_head_count(shape.num_attention_heads)
+    writer.add_head_count_kv(shape.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
+    writer.add_rope_freq_base(shape.rope_parameters["rope_theta"])
+    writer.add_vocab_size(shape.vocab_size)
+    words = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(words["vocab"], key=words["vocab"].get))
+    writer.add_token_merges([" ".join(pair) for pair in words["merges"]])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.num_hidden_layers)
+    heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}
+    for name, weight in model.state_dict().items():
+        values, kind = weight.numpy(), None
+        if "_proj" in name:
+            blocks, kind = gguf.quantize(values, q8), q8
+            values = gguf.dequantize(blocks, q8)
+            weight.copy_(torch.from_numpy(values))
+        if (count := heads.get(name.split(".")[-2])) is not None:  # rows that RoPE turns together are neighbours there
+            values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        stored = values if kind is None else gguf.quantize(values, q8)
+        writer.add_tensor(names.get_name(name, (".weight",)), stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return path, folder
+
+
+def test_gguf_file_and_folder(gguf_and_folder, tmp_path):
+    path, folder = gguf_and_folder
+    (mine, tokenizer), (theirs, other) = load(str(path.parent)), load(str(folder))
+    assert tokenizer("Attention geometry").input_ids == other("Attention geometry").input_ids
+    torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    result = run("inspect", path, "--json")
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
-    assert len(rows) == 30
-    assert json.loads(run("inspect", path, "--json").stdout)["rows"] == rows
+    assert len(rows) == 2
+    assert json.loads(run("inspect", folder, "--json").stdout)["rows"] == rows
     with pytest.raises(ValueError, match=r"0 \.gguf files"):
         load(str(tmp_path))
 

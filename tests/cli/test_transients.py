@@ -25,13 +25,15 @@ runner = CliRunner()
 
 
 @pytest.fixture(scope="module")
-def played(tiny_folder, tmp_path_factory):
+def played(tiny_folder, text_file, tmp_path_factory):
     """(host, records, folder) of one run of everything."""
     pytest.importorskip("matplotlib")
     output = tmp_path_factory.mktemp("transients")
     command = [
         "transients",
         str(tiny_folder),
+        "--text",
+        str(text_file),
         "--output",
         str(output),
         "--seeds",
@@ -136,9 +138,9 @@ def test_an_unknown_scenario_ends_the_command_with_its_name(tiny_folder, tmp_pat
     assert "earthquake" in result.output
 
 
-def test_a_run_that_diverges_is_recorded_to_its_end(tiny_folder, tmp_path):
+def test_a_run_that_diverges_is_recorded_to_its_end(tiny_folder, text_file, tmp_path):
     pytest.importorskip("matplotlib")
-    settings = Settings(str(tiny_folder), None, ("spike10",), ("geometry",), 1, 9, 16, learning_rate=1e37)
+    settings = Settings(str(tiny_folder), str(text_file), ("spike10",), ("geometry",), 1, 9, 16, learning_rate=1e37)
     records = run_transients(settings, tmp_path, Console())
     assert [record["finite"] for record in records][:2] == [True, False]
     assert len(records) == 9

@@ -12,6 +12,9 @@ import torch.multiprocessing as mp
 START_SECONDS, RUN_SECONDS = 180, 240
 """Limits for importing transformers on a busy machine, and for one scenario."""
 
+PRELOADED = ["transformers.trainer", "hf_geoscale.integrations"]
+"""Modules that take seconds to import: once for all processes on the CPU."""
+
 
 def _free_port() -> int:
     with socket.socket() as server:
@@ -45,7 +48,8 @@ class Processes:
     """`world` processes on the CPU with gloo, or on as many GPUs with NCCL."""
 
     def __init__(self, world: int, device: str):
-        context = mp.get_context("spawn")
+        context = mp.get_context("spawn" if device == "cuda" else "forkserver")  # CUDA does not survive a fork
+        context.set_forkserver_preload(PRELOADED)
         port = _free_port()
         self.device = device
         self.pipes, self.processes = [], []
