@@ -239,6 +239,8 @@ def refresh_scales(model: nn.Module, wait: bool = False) -> None:
     if not (patched := patched_layers(model)):
         raise ValueError("refresh_scales needs a patched model: call patch_model(model) first")
     layers = [layer for layer in patched if isinstance(layer, GeoScaleLayer)]
+    if layers and layers[0].group.refresh_steadily(layers, wait):
+        return
     measurable = [layer.measurable for layer in layers]
     readable = list(compress(layers, measurable))
     if readable:
