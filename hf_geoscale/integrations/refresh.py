@@ -15,12 +15,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..errors import NonFiniteWeightsError, UnsupportedModelError
 from ..geometry import LayerGeometry, LayerMaps, MatrixKernels, measure_layers
 from ..kernels.backend import TRITON_INSTALLED
-from ..kernels.statistics import fold_ranges
+from ..kernels.shared_counters import start_over
 from ..scaling import refresh_together
 from .host_values import HostValues
 from .sharding import refuse_parallelism
 from .steady import SteadyLayers
-from .utilisation import add_together
 
 if TYPE_CHECKING:
     from .layer import GeoScaleLayer
@@ -123,13 +122,13 @@ class Measurement:
 
     def install(self) -> None:
         """Use this geometry's scales from now on; maxima observed under the old weights are dropped."""
-        fold_ranges([layer.statistics for layer in self.layers])
-        add_together([(layer.utilisation.interval, layer.statistics.range_used) for layer in self.layers])
+        with _exact_arithmetic():
+            start_over([layer.statistics for layer in self.layers])
         self._before = [(layer.geometry, layer.weights_version) for layer in self.layers]
         for index, (layer, geometry, version) in enumerate(
             zip(self.layers, self.geometries, self.versions, strict=True)
         ):
-            layer.statistics.range_used, layer.statistics.logit_amax, layer.observed = {}, None, {}
+            layer.observed = {}
             layer.use(geometry, version, self._values, index)
         with _exact_arithmetic():
             refresh_together([layer.scaling for layer in self.layers], self.geometries)

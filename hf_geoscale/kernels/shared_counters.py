@@ -1,0 +1,48 @@
+"""Counters of the layers of a model together: one tensor for the next calls of all, and their counts added up in a few operations.
+
+Alone each call would allocate and zero a buffer of its own, and keep it until somebody adds it up.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from .counters import ALIGNMENT, OVERFLOW
+from .statistics import AttentionStatistics, Earlier, fold_ranges
+
+
+def start_over(statistics: Sequence[AttentionStatistics]) -> None:
+    """Let `range_used` and `logit_amax` of each be of calls from now on; what was used so far is left to `take_earlier`.
+
+    Where each saw one call since the last time, of the same shape, as in training, their next calls get buffers that are rows
+    of one tensor, zeros by now.
+    """
+    if not _alike(statistics):
+        fold_ranges(statistics)
+        for s in statistics:
+            s.keep_earlier()
+        return
+    buffers = [s.casts[0] for s in statistics]
+    counts, (length,), device = statistics[0].counts, buffers[0].shape, buffers[0].device
+    rows = torch.stack(buffers)
+    overflow = rows[:, :OVERFLOW].contiguous().view(torch.int64)
+    amax = rows[:, OVERFLOW : OVERFLOW + sum(counts)]
+    earlier = statistics[0].earlier
+    if earlier is not None and earlier.counts == counts and all(s.is_row(earlier, i) for i, s in enumerate(statistics)):
+        earlier.add(overflow, amax)
+    else:
+        earlier = Earlier(overflow, amax.clone(), counts)
+    spare = torch.zeros(len(rows), length + -length % ALIGNMENT, dtype=torch.float32, device=device)
+    for i, (s, row) in enumerate(zip(statistics, spare[:, :length].unbind(), strict=True)):
+        s.hand_over(earlier, i, row)
+
+
+def _alike(statistics: Sequence[AttentionStatistics]) -> bool:
+    """Whether each holds the buffer of one call, all of one shape on one device, and nothing else."""
+    if not statistics or not all(s.holds_one_call for s in statistics):
+        return False
+    counts, buffer = statistics[0].counts, statistics[0].casts[0]
+    return all(
+        s.counts == counts and s.casts[0].shape == buffer.shape and s.casts[0].device == buffer.device
+        for s in statistics
+    )
