@@ -25,7 +25,7 @@ def start_over(statistics: Sequence[AttentionStatistics]) -> None:
     buffers = [s.casts[0] for s in statistics]
     counts, (length,), device = statistics[0].counts, buffers[0].shape, buffers[0].device
     rows = torch.stack(buffers)
-    overflow = rows[:, :OVERFLOW].contiguous().view(torch.int64)
+    overflow = rows[:, :OVERFLOW].clone(memory_format=torch.contiguous_format).view(torch.int64)
     amax = rows[:, OVERFLOW : OVERFLOW + sum(counts)]
     earlier = statistics[0].earlier
     if earlier is not None and earlier.counts == counts and all(s.is_row(earlier, i) for i, s in enumerate(statistics)):
