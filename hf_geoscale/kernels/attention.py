@@ -142,7 +142,7 @@ def fp8_attention(
     q_quant_scale: Tensor,  # (Hq,)
     k_quant_scale: Tensor,  # (Hkv,)
     v_quant_scale: Tensor,  # (Hkv,)
-    packed: Tensor | None = None,  # (B, L, (Hq + 2·Hkv)·D)
+    packed: Tensor | tuple[Tensor, Tensor, Tensor] | None = None,  # (B, L, (Hq + 2·Hkv)·D), or (B, L, H·D) each
     rotary: tuple[Tensor, Tensor] | None = None,  # (B or 1, L, R/2) each
     rotary_interleaved: bool = False,
     qk_norm: QKNorm | None = None,  # (D,), (D,), epsilon
@@ -169,7 +169,8 @@ def fp8_attention(
             entries: of v as given, of q and k after norm, RoPE and the Hadamard mix (their 2-norm does). Any strides; no gradient
             reaches them.
         packed: the tensor that query, key and value are consecutive views of, as one fused projection gives it. "triton" then
-            gives it one gradient, without the concatenation that undoes a split; None, the default, gives one to each.
+            gives it one gradient, without the concatenation that undoes a split. Or the three tensors, as three projections give
+            them. None, the default, gives a gradient to each of query, key and value.
         rotary: (cos, sin) of rotary position embeddings that query and key have not had yet, for their first R ≤ D channels;
             the kernels turn q and k as they load them, and their gradients back, in float32. Needs Lq = Lk; without gradient.
             None, the default: RoPE was applied, or there is none.

@@ -11,6 +11,9 @@ from . import passes
 from .reference import PROBABILITY_QUANT_SCALE
 from .replay import repeated
 
+Packed = Tensor | tuple[Tensor, Tensor, Tensor]
+"""What query, key and value are views of: one tensor (B, L, (Hq + 2·Hkv)·D), or one of each, (B, L, H·D)."""
+
 NO_NORM: tuple = (None, None, 0.0)
 """Defaults of the last inputs, the norms' weights and epsilon: the dispatcher does not pass on what equals its default."""
 INPUTS = len(signature(passes.forward).parameters)
@@ -75,7 +78,7 @@ def _backward(ctx, grad_out: Tensor, packed: bool, *dtypes: torch.dtype) -> tupl
     if q_norm is None:
         return *grads, None, None
     by_operand = partial.split((query.shape[1], key.shape[1]), dim=1)
-    needed = ctx.needs_input_grad[-3:-1]
+    needed = ctx.needs_input_grad[-4:-2]
     norm_grads = [
         x.sum((0, 1, 2)).to(weight.dtype) if wanted else None
         for x, weight, wanted in zip(by_operand, (q_norm, k_norm), needed, strict=True)
@@ -122,6 +125,25 @@ class PackedAttention(torch.autograd.Function):
         return grad.view(shape), *norm_grads, None, None
 
 
+class RowsAttention(torch.autograd.Function):
+    """The op on views of three tensors (B, L, H·D), which get gradients of that shape: no views for autograd to go back through."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, q_norm, k_norm, inputs, counted):
+        output = _run_forward(inputs, *counted)
+        _remember(ctx, output, inputs)
+        ctx.rows = [(x.shape, x.dtype) for x in (query, key, value)]
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_out, *_):
+        if grad_out is None:
+            return (None,) * 7
+        *grads, q_norm, k_norm = _backward(ctx, grad_out, False, *(dtype for _, dtype in ctx.rows))
+        rows = [x.transpose(1, 2).reshape(shape) for x, (shape, _) in zip(grads, ctx.rows, strict=True)]
+        return *rows, q_norm, k_norm, None, None
+
+
 def _with_gradients(*inputs, counted: Tensor | None = None) -> tuple[Tensor, ...]:
     return _Attention.apply(*inputs[:3], *_norm(inputs)[:2], inputs, (counted,))
 
@@ -157,14 +179,16 @@ attention_forward = torch.ops.hf_geoscale.fp8_attention
 attention_backward = torch.ops.hf_geoscale.fp8_attention_backward
 
 
-def attend(packed: Tensor | None, counted: Tensor | None, *inputs) -> tuple[Tensor, ...]:
-    """`attention_forward` of these inputs, with gradients; those of the operands as one of `packed`, where they are views of it.
+def attend(packed: Packed | None, counted: Tensor | None, *inputs) -> tuple[Tensor, ...]:
+    """`attention_forward` of these inputs, with gradients; those of the operands as of `packed`, where they are views of it.
 
     Args:
         counted: zeros, which the call may count into instead of a buffer of its own.
     """
     if packed is not None:
         inputs = (*(x.detach() for x in inputs[:3]), *inputs[3:])
+        if isinstance(packed, tuple):
+            return RowsAttention.apply(*packed, *_norm(inputs)[:2], inputs, (counted,))
         return PackedAttention.apply(packed, *_norm(inputs)[:2], inputs, (counted,))
     if not _nobody_watches(inputs[0]):
         return attention_forward(*inputs)
