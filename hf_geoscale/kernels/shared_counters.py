@@ -14,35 +14,36 @@ from .statistics import AttentionStatistics, Earlier, fold_ranges
 def start_over(statistics: Sequence[AttentionStatistics]) -> None:
     """Let `range_used` and `logit_amax` of each be of calls from now on; what was used so far is left to `take_earlier`.
 
-    Where each saw one call since the last time, of the same shape, as in training, their next calls get buffers that are rows
-    of one tensor, zeros by now.
+    Where each saw as many calls since the last time, of the same shape, as in training, their next calls get buffers that are
+    rows of one tensor, zeros by now.
     """
     if not _alike(statistics):
         fold_ranges(statistics)
         for s in statistics:
             s.keep_earlier()
         return
-    buffers = [s.casts[0] for s in statistics]
-    counts, (length,), device = statistics[0].counts, buffers[0].shape, buffers[0].device
-    rows = torch.stack(buffers)
-    overflow = rows[:, :OVERFLOW].clone(memory_format=torch.contiguous_format).view(torch.int64)
-    amax = rows[:, OVERFLOW : OVERFLOW + sum(counts)]
+    counts, (length,), device = statistics[0].counts, statistics[0].casts[0].shape, statistics[0].casts[0].device
+    calls = torch.stack([buffer for s in statistics for buffer in s.casts]).view(len(statistics), -1, length)
+    overflow = calls[..., :OVERFLOW].clone(memory_format=torch.contiguous_format).view(torch.int64).sum(1)
+    amax = calls[..., OVERFLOW : OVERFLOW + sum(counts)].amax(1)
     earlier = statistics[0].earlier
     if earlier is not None and earlier.counts == counts and all(s.is_row(earlier, i) for i, s in enumerate(statistics)):
         earlier.add(overflow, amax)
     else:
-        earlier = Earlier(overflow, amax.clone(), counts)
-    spare = torch.zeros(len(rows), length + -length % ALIGNMENT, dtype=torch.float32, device=device)
+        earlier = Earlier(overflow, amax, counts)
+    spare = torch.zeros(len(statistics), length + -length % ALIGNMENT, dtype=torch.float32, device=device)
     for i, (s, row) in enumerate(zip(statistics, spare[:, :length].unbind(), strict=True)):
         s.hand_over(earlier, i, row)
 
 
 def _alike(statistics: Sequence[AttentionStatistics]) -> bool:
-    """Whether each holds the buffer of one call, all of one shape on one device, and nothing else."""
-    if not statistics or not all(s.holds_one_call for s in statistics):
+    """Whether each holds as many buffers of calls, all of one shape on one device, and nothing else."""
+    if not statistics or not all(s.holds_calls_alone for s in statistics):
         return False
-    counts, buffer = statistics[0].counts, statistics[0].casts[0]
+    counts, (buffer, *others) = statistics[0].counts, statistics[0].casts
     return all(
-        s.counts == counts and s.casts[0].shape == buffer.shape and s.casts[0].device == buffer.device
+        s.counts == counts
+        and len(s.casts) == 1 + len(others)
+        and all(x.shape == buffer.shape and x.device == buffer.device for x in s.casts)
         for s in statistics
     )

@@ -100,9 +100,9 @@ class AttentionStatistics:
         return self._counts
 
     @property
-    def holds_one_call(self) -> bool:
-        """Whether one buffer is all there is of the calls since ranges started over."""
-        return len(self._casts) == 1 and not self._ranged and self._amax is None and not self._range_used
+    def holds_calls_alone(self) -> bool:
+        """Whether `casts` are all there is of the calls since ranges started over."""
+        return bool(self._casts) and not self._ranged and self._amax is None and not self._range_used
 
     def is_row(self, earlier: Earlier, row: int) -> bool:
         return self.earlier is earlier and self._row == row
@@ -118,7 +118,7 @@ class AttentionStatistics:
         return spare if spare.shape[0] == length and spare.device == device else None
 
     def hand_over(self, earlier: Earlier, row: int, spare: Tensor) -> None:
-        """Leave the buffer of a call, which `earlier` has taken up, for one of zeros."""
+        """Leave the buffers of calls, which `earlier` has taken up, for one of zeros."""
         if not self.is_row(earlier, row):
             self._leave_row()
         self.earlier, self._row, self._untaken, self._spare = earlier, row, True, spare

@@ -209,6 +209,15 @@ class TestStartOver:
         start_over(group)
         assert group[0].buffer(length + 4, CPU) is None
 
+    def test_several_calls_of_each_are_counted_together(self):
+        group = self.group()
+        for turn in range(4):
+            self.call(group, turn)
+        start_over(group)
+        assert group[0].buffer(len(cast(0)), CPU) is not None
+        assert [taken(s) for s in group] == [shares(0, 10, 20, 30), shares(1, 11, 21, 31)]
+        assert list(group[1].overflows_by_operand.values()) == overflows(1, 11, 21, 31)
+
     def test_layers_that_saw_another_number_of_calls_are_counted_alone(self):
         group = self.group()
         self.call(group, 0)
