@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import NonFiniteWeightsError, UnsupportedModelError
@@ -19,7 +19,7 @@ from ..kernels.shared_counters import start_over
 from ..scaling import refresh_together
 from .host_values import HostValues
 from .sharding import refuse_parallelism
-from .steady import SteadyLayers
+from .steady import SteadyLayers, fresh_bytes
 
 if TYPE_CHECKING:
     from .layer import GeoScaleLayer
@@ -87,7 +87,7 @@ class Measurement:
             maps, version = layer.read()
             self.versions.append(version)
             batch.append(maps)
-            fresh += _fresh_bytes(layer, maps)
+            fresh += fresh_bytes(layer, maps)
             if fresh > FRESH_BYTES:
                 self._measure(batch)
                 batch, fresh = [], 0
@@ -172,17 +172,6 @@ def _weight_amax(layer: "GeoScaleLayer") -> Tensor:
     if not found:
         return torch.zeros(1, dtype=torch.float64)
     return torch.stack([x.to(found[0].device, torch.float64) for x in found]).amax()[None]
-
-
-def _fresh_bytes(layer: "GeoScaleLayer", maps: LayerMaps) -> int:
-    """Bytes of the weights that are no part of a parameter."""
-    others = [p.weight for p in maps.projections if type(p.weight._base) is not nn.Parameter]  # no views of one
-    if not others:
-        return 0
-    parameters = layer.site.parameters()
-    stored = {p.untyped_storage().data_ptr() for p in parameters}
-    storages = [weight.untyped_storage() for weight in others]
-    return sum(s.nbytes() for s in storages if s.data_ptr() not in stored)
 
 
 class RefreshGroup:

@@ -99,3 +99,14 @@ def layout(site: AttentionSite, modules: Sequence[Any], factor: float) -> tuple 
             else:
                 return None
     return tuple(found)
+
+
+def fresh_bytes(layer: "GeoScaleLayer", maps: LayerMaps) -> int:
+    """Bytes of the weights that are no part of a parameter."""
+    others = [p.weight for p in maps.projections if type(p.weight._base) is not nn.Parameter]  # no views of one
+    if not others:
+        return 0
+    parameters = layer.site.parameters()
+    stored = {p.untyped_storage().data_ptr() for p in parameters}
+    storages = [weight.untyped_storage() for weight in others]
+    return sum(s.nbytes() for s in storages if s.data_ptr() not in stored)

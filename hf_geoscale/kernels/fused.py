@@ -186,7 +186,8 @@ def attend(packed: Packed | None, counted: Tensor | None, *inputs) -> tuple[Tens
         counted: zeros, which the call may count into instead of a buffer of its own.
     """
     if packed is not None:
-        inputs = (*(x.detach() for x in inputs[:3]), *inputs[3:])
+        alone = isinstance(packed, tuple) and _norm(inputs)[0] is None  # then nobody keeps them beyond the forward
+        inputs = inputs if alone else (*(x.detach() for x in inputs[:3]), *inputs[3:])
         if isinstance(packed, tuple):
             return RowsAttention.apply(*packed, *_norm(inputs)[:2], inputs, (counted,))
         return PackedAttention.apply(packed, *_norm(inputs)[:2], inputs, (counted,))

@@ -200,15 +200,10 @@ _TYPES = _OPTIONS | {Tensor, torch.nn.Parameter}
 
 def _signature(inputs: tuple) -> tuple[tuple, list[int]]:
     """What a plan holds for, and what it does not: the addresses of the tensors. Whether they are aligned is compiled in."""
-    signature: list[Any] = []
-    addresses: list[int] = []
-    for x in inputs:
-        if type(x) in _OPTIONS:
-            signature.append(x)
-        else:
-            address = x.data_ptr()
-            addresses.append(address)
-            signature.append((x.shape, x.stride(), x.dtype, x.get_device(), address % 16))
+    addresses = [x.data_ptr() for x in inputs if type(x) not in _OPTIONS]
+    signature = [
+        x if type(x) in _OPTIONS else (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16) for x in inputs
+    ]
     return tuple(signature), addresses
 
 
