@@ -13,6 +13,7 @@ from .spectral import (
     start_vectors,
     trace_power_bound,
 )
+from .steady import SteadyBatch
 from .tensor_cores import MatrixKernels
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "LayerMaps",
     "MatrixKernels",
     "Projection",
+    "SteadyBatch",
     "alpha_min",
     "entry_bound",
     "gram",

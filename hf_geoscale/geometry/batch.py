@@ -71,14 +71,19 @@ def measure_maps(maps: Sequence[Projection], arithmetic: Arithmetic, kernels: Ma
         bound = reach * (1 + ROUNDING_MARGIN) * (sigma + UNIT_ROUNDOFF * frobenius)
     else:
         grams, factors = _float32_grams(maps, heads, kernels), [p.rotary_factor for p in maps]
-        coefficients = _constants(tuple([_coefficients(p) for p in maps]), heads, device)
         bounds = _norm_bounds if kernels is None else kernels.norm_bounds
-        bound = bounds(grams, coefficients, SQUARINGS)
+        bound = bounds(grams, constants_of_bounds(maps), SQUARINGS)
     offsets, shifted = _offsets(maps, heads)
     if shifted is not None:
         bound = bound + shifted * (1 + ROUNDING_MARGIN)
     own = [None if c is None else c / f if f != 1 else c for c, f in zip(offsets, factors, strict=True)]
     return MapBounds(grams, bound, own, factors)
+
+
+def constants_of_bounds(maps: Sequence[Projection]) -> Tensor:
+    """L, ε, u, a, b of `MatrixKernels.norm_bounds` for every head, (N, 5) float64."""
+    heads = tuple(p.weight.shape[0] for p in maps)
+    return _constants(tuple([_coefficients(p) for p in maps]), heads, maps[0].weight.device)
 
 
 def _norm_bounds(grams: Tensor, coefficients: Tensor, squarings: int) -> Tensor:

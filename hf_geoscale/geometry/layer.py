@@ -169,16 +169,29 @@ def _measure_together(
     count, heads = len(layers), [p.weight.shape[0] for p in layers[0].projections]
     maps = [layer.projections[i] for i in range(3) for layer in layers]  # every q, then every k, then every v
     measured = measure_maps(maps, arithmetic, kernels)
-    sizes = [count * h for h in heads]
-    bounds = [part.view(count, -1).unbind() for part in measured.bound.split(sizes)]
     lower, vectors = _interactions(layers, measured, kernels)
-    drifts: list[Tensor | None] = [None] * count
+    drifts: Sequence[Tensor | None] = ()
     if headroom > 1:
-        certificates = [bound for part in bounds for bound in part]
+        certificates = measured.bound.split([h for h in heads for _ in layers])
         budgets = [weight_drift_budget(p, b, headroom) for p, b in zip(maps, certificates, strict=True)]
-        drifts = list(torch.stack(budgets).view(3, count).amin(0).unbind())
+        drifts = torch.stack(budgets).view(3, count).amin(0).unbind()
     scales = [layer.softmax_scale for layer in layers]
-    return [LayerGeometry(*fields) for fields in zip(*bounds, scales, lower, vectors, drifts, strict=True)]
+    return geometries_of(heads, measured.bound, scales, lower, vectors, drifts)
+
+
+def geometries_of(
+    heads: Sequence[int],  # of q, k and v in a layer
+    bound: Tensor,  # (N,) certificates of every q, then every k, then every v
+    softmax_scales: Sequence[float],
+    sigma_lower: Sequence[Tensor],  # (Hq,) of each layer, as the rest
+    vectors: Sequence[Tensor],  # (Hq, D)
+    drifts: Sequence[Tensor | None] = (),  # (), with headroom
+) -> list[LayerGeometry]:
+    """What was measured of layers of one shape, layer by layer."""
+    count = len(softmax_scales)
+    bounds = [part.view(count, -1).unbind() for part in bound.split([count * h for h in heads])]
+    rest = softmax_scales, sigma_lower, vectors, drifts or [None] * count
+    return [LayerGeometry(*fields) for fields in zip(*bounds, *rest, strict=True)]
 
 
 def _interactions(

@@ -16,7 +16,7 @@ like. TF32 reads BF16 and FP16 numbers exactly, so no flag of torch can lower a 
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,15 @@ class MatrixKernels(Protocol):
 
     def grams(self, rows: Sequence[tuple[Tensor, Tensor | None, int]], out: Tensor, part: int) -> None:
         """Write Ĝ of each weight with its gain, at its place in `out` (N, D, D) float32, at most `part` products in a sum."""
+
+    def tables(self, rows: Sequence[tuple[Tensor, Tensor | None, int]], device: torch.device) -> Any:
+        """Where these lie, for `grams_of`. Keeps none of them alive."""
+
+    def is_current(self, tables: Any) -> bool:
+        """Whether launches from here on come after what `tables` uploaded."""
+
+    def grams_of(self, tables: Any, out: Tensor, part: int) -> None:
+        """`grams` of what lies there now."""
 
     def norm_bounds(self, grams: Tensor, coefficients: Tensor, squarings: int) -> Tensor:
         """a·(√(L·λ + ε·tr G) + u) + b·√((1 + ε)·tr G), (N,) float64, from (N, D, D) and L, ε, u, a, b: (N, 5) float64.

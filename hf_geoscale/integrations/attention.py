@@ -163,7 +163,7 @@ def geoscale_attention_forward(
     softcap: float | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,  # cos, sin (B or 1, L, R/2)
     qk_norm: QKNorm | None = None,
-    packed: Tensor | None = None,  # (B, L, (Hq + 2·Hkv)·D)
+    packed: Tensor | tuple[Tensor, Tensor, Tensor] | None = None,  # (B, L, (Hq + 2·Hkv)·D), or (B, L, H·D) each
     **kwargs,
 ) -> tuple[Tensor, None]:
     """FP8 attention of a patched layer, in the attention interface's form: ((B, Lq, Hq, D), None).
@@ -172,7 +172,8 @@ def geoscale_attention_forward(
     the cached keys and values fit the certificates, and on SDPA, counted as "uncertified cache", where they do not. A mask that
     cannot be honoured exactly raises UnsupportedAttentionError, or runs on SDPA, counted, with fallback="sdpa". SDPA has no soft
     cap: calls with one run in plain PyTorch instead (`softcap_attention_forward`). `rotary`, `qk_norm` and `packed` come from the
-    forwards of `front_end`: query and key are yet to be normalised and rotated; query, key and value are views of one tensor.
+    forwards of `front_end`: query and key are yet to be normalised and rotated; query, key and value are views of one tensor, or
+    of one each.
 
     Raises:
         UnsupportedModelError: the module was never patched.

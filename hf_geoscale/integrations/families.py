@@ -14,8 +14,8 @@ from .decoders import FAMILIES
 from .norms import gain_and_shift
 from .refusals import REFUSED
 from .residual import ResidualStream, residual_stream
-from .sharding import attribute, submodules
-from .versions import module_versions
+from .sharding import attribute, shards_followed, submodules
+from .versions import module_versions, plain_versions
 from .weights import EffectiveWeight, effective_weight
 
 
@@ -87,7 +87,11 @@ class AttentionSite:
         Args:
             modules: `weight_modules()`, where the caller has them.
         """
-        training, owners = self.attention.training, submodules(modules or self.weight_modules())
+        training, modules = self.attention.training, modules or self.weight_modules()
+        plain = plain_versions(modules) if training and not shards_followed() else None
+        if plain is not None:
+            return (_optimizer_steps if plain[0] else None, training, *plain[1])
+        owners = submodules(modules)
         trainable = _is_trainable(owners)
         steps = _optimizer_steps if trainable else None  # optimizers move nothing else
         return (steps, training, *module_versions(owners, contents=not training))

@@ -116,18 +116,20 @@ class LlamaForward(FusedForward):
     def fused(self, hidden_states: Tensor, past: Any, **kwargs) -> Tensor:
         module, mask = self.attention, kwargs.pop("attention_mask", None)
         shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-        query, key, value = (proj(hidden_states).view(shape) for proj in (module.q_proj, module.k_proj, module.v_proj))
+        rows: Any = module.q_proj(hidden_states), module.k_proj(hidden_states), module.v_proj(hidden_states)
+        query, key, value = rows[0].view(shape), rows[1].view(shape), rows[2].view(shape)
         qk_norm = None
         if hasattr(module, "q_norm"):
             qk_norm = _qk_norm(module)
             if qk_norm is None:
-                query, key = module.q_norm(query), module.k_norm(key)
+                query, key, rows = module.q_norm(query), module.k_norm(key), None
         rotary = _halves(kwargs.pop("position_embeddings"))
         if past is not None:
             keys = key if qk_norm is None else rms_norm(key, *qk_norm[1:]).to(key.dtype)
             past.update(rotate(keys.transpose(1, 2), *rotary), value.transpose(1, 2), module.layer_idx)
         kwargs["dropout"] = module.attention_dropout if module.training else 0.0
-        kwargs |= {"scaling": module.scaling, "sliding_window": self.window(), "rotary": rotary, "qk_norm": qk_norm}
+        kwargs |= {"scaling": module.scaling, "sliding_window": self.window(), "rotary": rotary}
+        kwargs |= {"qk_norm": qk_norm, "packed": rows}
         return module.o_proj(_attend(module, (query, key, value), mask, **kwargs))
 
 

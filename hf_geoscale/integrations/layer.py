@@ -231,8 +231,18 @@ class GeoScaleLayer(PatchedLayer):
                 if name != "logit":
                     bound = getattr(self.geometry, f"{name}_bound").to(used.device, torch.float32)
                     self.observed[name] = _largest(used * self._range * bound, self.observed.get(name))
+        self._collect_earlier()
         add_together([(self.utilisation.interval, self.statistics.range_used)])
         self.statistics.range_used = {}
+
+    def _collect_earlier(self) -> None:
+        """What calls before the last refresh saw: of other weights, so of no use to `observed`."""
+        add_together([(self.utilisation.interval, self.statistics.take_earlier())])
+
+    def _peak(self, *names: str) -> float | None:
+        self._collect_earlier()
+        used = self.utilisation.peak(*names)
+        return None if used is None else float(used) * self._range
 
     @property
     def _range(self) -> float:
@@ -248,14 +258,12 @@ class GeoScaleLayer(PatchedLayer):
     @property
     def peak_utilisation(self) -> float | None:
         """Worst utilisation of q, k and v since patching; None without a forward."""
-        used = self.utilisation.peak("q", "k", "v")
-        return None if used is None else float(used) * self._range
+        return self._peak("q", "k", "v")
 
     @property
     def peak_logit_utilisation(self) -> float | None:
         """The same of quantised logits."""
-        used = self.utilisation.peak("logit")
-        return None if used is None else float(used) * self._range
+        return self._peak("logit")
 
     def describe(self) -> str:
         if self.geometry is None:

@@ -24,7 +24,7 @@ from .layer import GeoScaleLayer, PatchedLayer, model_alpha_min
 from .masks import geoscale_mask
 from .refresh import Measurement, RefreshGroup
 from .residual import refuse_embeddings
-from .sharding import enclosing_modules, refuse_parallelism, refuse_replicas, submodules
+from .sharding import enclosing_modules, refuse_parallelism, refuse_replicas
 from .zero3 import pass_by_position, refuse_prepared
 
 logger = logging.getLogger(__name__)
@@ -36,11 +36,19 @@ AttentionMaskInterface.register(NAME, torch.compiler.disable(geoscale_mask))
 
 
 def patched_modules(model: nn.Module) -> Iterator[tuple[Any, PatchedLayer]]:
-    """Every patched attention module with its state, in the order of the layers."""
-    for module in submodules([model]):
+    """Every patched attention module with its state, in the order of the layers; there is none inside another."""
+    seen: set[nn.Module] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
         layer = module.__dict__.get("geoscale")
         if isinstance(layer, PatchedLayer):
             yield module, layer
+        elif module._modules:
+            waiting += [child for child in reversed(module._modules.values()) if child is not None]
 
 
 def patched_layers(model: nn.Module) -> list[PatchedLayer]:
@@ -239,6 +247,8 @@ def refresh_scales(model: nn.Module, wait: bool = False) -> None:
     if not (patched := patched_layers(model)):
         raise ValueError("refresh_scales needs a patched model: call patch_model(model) first")
     layers = [layer for layer in patched if isinstance(layer, GeoScaleLayer)]
+    if layers and layers[0].group.refresh_steadily(layers, wait):
+        return
     measurable = [layer.measurable for layer in layers]
     readable = list(compress(layers, measurable))
     if readable:

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import NonFiniteWeightsError, UnsupportedModelError
 from ..geometry import LayerGeometry, LayerMaps, MatrixKernels, measure_layers
 from ..kernels.backend import TRITON_INSTALLED
-from ..kernels.statistics import fold_ranges
+from ..kernels.shared_counters import start_over
 from ..scaling import refresh_together
 from .host_values import HostValues
 from .sharding import refuse_parallelism
-from .utilisation import add_together
+from .steady import SteadyLayers, fresh_bytes
 
 if TYPE_CHECKING:
     from .layer import GeoScaleLayer
@@ -58,30 +58,43 @@ def _matrix_kernels() -> MatrixKernels | None:
 class Measurement:
     """Geometry of today's weights of some layers of one model; changes nothing before `install`.
 
+    Args:
+        found: the way to measure these layers without reading them, and their versions (`SteadyLayers.versions`).
     Raises:
         UnsupportedModelError: weights that cannot be read. NaN and Inf are left to `check`.
     """
 
-    def __init__(self, layers: Sequence["GeoScaleLayer"]):
+    def __init__(self, layers: Sequence["GeoScaleLayer"], found: tuple[SteadyLayers, list[tuple]] | None = None):
         self.layers = list(layers)
         self.versions: list[tuple] = []
         self.geometries: list[LayerGeometry] = []
         self.installed = False
+        self.steady: SteadyLayers | None = None
         refuse_parallelism()
         with _exact_arithmetic():
-            batch: list[LayerMaps] = []
-            fresh = 0
-            for layer in self.layers:
-                maps, version = layer.read()
-                self.versions.append(version)
-                batch.append(maps)
-                fresh += _fresh_bytes(layer, maps)
-                if fresh > FRESH_BYTES:
-                    self._measure(batch)
-                    batch, fresh = [], 0
-            del maps
-            self._measure(batch)
+            if found is None:
+                self._read()
+            else:
+                self.steady, self.versions = found
+                self.geometries = self.steady.measure(self.layers)
             self._values = HostValues(self._summary())
+
+    def _read(self) -> None:
+        """Read all layers and measure them, as many together as their weights allow."""
+        batch: list[LayerMaps] = []
+        fresh = 0
+        for layer in self.layers:
+            maps, version = layer.read()
+            self.versions.append(version)
+            batch.append(maps)
+            fresh += fresh_bytes(layer, maps)
+            if fresh > FRESH_BYTES:
+                self._measure(batch)
+                batch, fresh = [], 0
+        del maps
+        self._measure(batch)
+        if len(batch) == len(self.layers) and not fresh:
+            self.steady = SteadyLayers.of(self.layers, batch, _matrix_kernels())
 
     def _measure(self, batch: list[LayerMaps]) -> None:
         """Measure these layers and forget their weights."""
@@ -109,13 +122,13 @@ class Measurement:
 
     def install(self) -> None:
         """Use this geometry's scales from now on; maxima observed under the old weights are dropped."""
-        fold_ranges([layer.statistics for layer in self.layers])
-        add_together([(layer.utilisation.interval, layer.statistics.range_used) for layer in self.layers])
+        with _exact_arithmetic():
+            start_over([layer.statistics for layer in self.layers])
         self._before = [(layer.geometry, layer.weights_version) for layer in self.layers]
         for index, (layer, geometry, version) in enumerate(
             zip(self.layers, self.geometries, self.versions, strict=True)
         ):
-            layer.statistics.range_used, layer.statistics.logit_amax, layer.observed = {}, None, {}
+            layer.observed = {}
             layer.use(geometry, version, self._values, index)
         with _exact_arithmetic():
             refresh_together([layer.scaling for layer in self.layers], self.geometries)
@@ -161,17 +174,6 @@ def _weight_amax(layer: "GeoScaleLayer") -> Tensor:
     return torch.stack([x.to(found[0].device, torch.float64) for x in found]).amax()[None]
 
 
-def _fresh_bytes(layer: "GeoScaleLayer", maps: LayerMaps) -> int:
-    """Bytes of the weights that are no part of a parameter."""
-    others = [p.weight for p in maps.projections if type(p.weight._base) is not nn.Parameter]  # no views of one
-    if not others:
-        return 0
-    parameters = layer.site.parameters()
-    stored = {p.untyped_storage().data_ptr() for p in parameters}
-    storages = [weight.untyped_storage() for weight in others]
-    return sum(s.nbytes() for s in storages if s.data_ptr() not in stored)
-
-
 class RefreshGroup:
     """The layers of one model, which are refreshed together, and the measurements whose check is still to come.
 
@@ -181,6 +183,7 @@ class RefreshGroup:
     def __init__(self) -> None:
         self._layers: WeakKeyDictionary[GeoScaleLayer, None] = WeakKeyDictionary()
         self._pending: list[Measurement] = []
+        self._steady: SteadyLayers | None = None  # left by the last measurement
         self._failed = False  # the last check that was made; then the next one is waited for
 
     def __reduce__(self) -> tuple:
@@ -205,14 +208,32 @@ class RefreshGroup:
         Args:
             wait: check for NaN and Inf now. Else, on a GPU, at the next optimizer step or refresh of any of these layers.
         """
+        self._settle_or_warn(layers)
+        self.install(Measurement(layers, self._look(layers)), wait)
+
+    def refresh_steadily(self, layers: Sequence["GeoScaleLayer"], wait: bool = False) -> bool:
+        """`refresh` of these layers, if nothing but their weights changed since they were refreshed together; whether it did."""
+        if self._steady is None:
+            return False
+        self._settle_or_warn(layers)
+        if (found := self._look(layers)) is None:
+            return False
+        self.install(Measurement(layers, found), wait)
+        return True
+
+    def _look(self, layers: Sequence["GeoScaleLayer"]) -> tuple[SteadyLayers, list[tuple]] | None:
+        versions = None if self._steady is None else self._steady.versions(layers)
+        return None if self._steady is None or versions is None else (self._steady, versions)
+
+    def _settle_or_warn(self, layers: Sequence["GeoScaleLayer"]) -> None:
         try:
             self.settle(layers)
         except NonFiniteWeightsError as error:
             logger.warning("geoscale: found late, in an earlier refresh: %s. Today's weights are measured now", error)
-        self.install(Measurement(layers), wait)
 
     def install(self, measurement: Measurement, wait: bool = False) -> None:
         self.join(measurement.layers)
+        self._steady = measurement.steady
         if wait or self._failed or measurement.known:
             self._failed = True
             measurement.check()

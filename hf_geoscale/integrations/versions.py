@@ -12,7 +12,7 @@ from .sharding import is_partitioned, shard_version, shards_followed
 _PARTS = frozenset(("SCB", "CB", "quant_state"))
 """Attributes in which bitsandbytes keeps tensors of a parameter."""
 
-_MARKS = _PARTS | {"ds_id", "full_tensor"}
+MARKS = _PARTS | {"ds_id", "full_tensor", "_fsdp_flattened"}
 """Attributes of parameters that are more than one tensor, or a part of one (`sharding.is_partitioned`, `is_shard`)."""
 
 
@@ -33,7 +33,7 @@ def module_versions(modules: Sequence[nn.Module], contents: bool) -> tuple:
         for name, parameter in owner._parameters.items():
             if parameter is None:
                 continue
-            if plain and type(parameter) is nn.Parameter and _MARKS.isdisjoint(vars(parameter)):
+            if plain and type(parameter) is nn.Parameter and MARKS.isdisjoint(vars(parameter)):
                 tensors.append(parameter)
                 continue
             version = shard_version(owner, name, parameter)
@@ -46,6 +46,28 @@ def module_versions(modules: Sequence[nn.Module], contents: bool) -> tuple:
     # An inference tensor counts no changes: a new object differs from every earlier version.
     writes = [(t.data_ptr(), object() if t.is_inference() else t._version) for t in tensors]
     return (*[_state(m) for m in modules], *shards, *writes, checksum([*tensors, *gathered]) if contents else None)
+
+
+def plain_versions(modules: Sequence[nn.Module]) -> tuple[bool, tuple] | None:
+    """Whether any parameter is trained, and `module_versions` without contents, where there is nothing to look into: modules
+    without any inside them, adapters or dropout, and parameters that are one tensor. None for others.
+
+    A layer asks for it in every forward, so it is one loop; `module_versions` is what it stands for.
+    """
+    states, writes, trained = [], [], False
+    for module in modules:
+        state, drops, adapts = _kind(type(module))  # type: ignore[arg-type]
+        if module._modules or drops or adapts or "_disable_adapters" in module.__dict__:
+            return None
+        states.append(state)
+        for parameter in module._parameters.values():
+            if parameter is None:
+                continue
+            if type(parameter) is not nn.Parameter or not MARKS.isdisjoint(parameter.__dict__):
+                return None
+            trained = trained or parameter.requires_grad
+            writes.append((parameter.data_ptr(), object() if parameter.is_inference() else parameter._version))
+    return trained, (*states, *writes, None)
 
 
 def stored(parameter: Tensor) -> Iterator[Tensor]:

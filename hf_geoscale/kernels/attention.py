@@ -9,7 +9,7 @@ from ..scaling.formats import E4M3
 from . import reference
 from .backend import TRITON_INSTALLED, resolve_backend
 from .checks import check_operands, check_packed, check_qk_norm, check_rotary, check_scales
-from .counters import counters_of
+from .counters import counters_of, length_of
 from .qk_norm import QKNorm, normalise_and_rotate
 from .statistics import AttentionStatistics
 from .visibility import Visibility
@@ -102,13 +102,17 @@ def _fused(
         if cos.stride(-1) != 1 or cos.stride() != sin.stride():
             cos, sin = cos.contiguous(), sin.contiguous()
     norm = () if qk_norm is None else (qk_norm[0].contiguous(), qk_norm[1].contiguous(), qk_norm[2])
+    batch, heads, kv_heads = query.shape[0], query.shape[1], key.shape[1]
+    buffer = None
+    if statistics is not None:
+        sections = length_of(batch, heads, kv_heads, True, observe or scales[3] is not None)
+        buffer = statistics.buffer(sections, device)
     out, shift, row_sum, *_, counted = fused.attend(
-        packed, *operands, *scales[:3], key_range, dropout_seed, gradient_counter, scales[3], cos, sin,
+        packed, buffer, *operands, *scales[:3], key_range, dropout_seed, gradient_counter, scales[3], cos, sin,
         interleaved, softmax_scale, softcap or 0.0, visibility.causal, visibility.window or 0, dropout_p, incoherent,
         precision == "high", statistics is not None, observe, *norm,
     )  # fmt: skip
     if statistics is not None:
-        batch, heads, kv_heads = query.shape[0], query.shape[1], key.shape[1]
         statistics.add_casts(counted, (heads, kv_heads, kv_heads))
         if observe or scales[3] is not None:
             logit_max = counters_of(counted, batch, heads, kv_heads, True, True).logit_max[:heads]
@@ -138,7 +142,7 @@ def fp8_attention(
     q_quant_scale: Tensor,  # (Hq,)
     k_quant_scale: Tensor,  # (Hkv,)
     v_quant_scale: Tensor,  # (Hkv,)
-    packed: Tensor | None = None,  # (B, L, (Hq + 2·Hkv)·D)
+    packed: Tensor | tuple[Tensor, Tensor, Tensor] | None = None,  # (B, L, (Hq + 2·Hkv)·D), or (B, L, H·D) each
     rotary: tuple[Tensor, Tensor] | None = None,  # (B or 1, L, R/2) each
     rotary_interleaved: bool = False,
     qk_norm: QKNorm | None = None,  # (D,), (D,), epsilon
@@ -165,7 +169,8 @@ def fp8_attention(
             entries: of v as given, of q and k after norm, RoPE and the Hadamard mix (their 2-norm does). Any strides; no gradient
             reaches them.
         packed: the tensor that query, key and value are consecutive views of, as one fused projection gives it. "triton" then
-            gives it one gradient, without the concatenation that undoes a split; None, the default, gives one to each.
+            gives it one gradient, without the concatenation that undoes a split. Or the three tensors, as three projections give
+            them. None, the default, gives a gradient to each of query, key and value.
         rotary: (cos, sin) of rotary position embeddings that query and key have not had yet, for their first R ≤ D channels;
             the kernels turn q and k as they load them, and their gradients back, in float32. Needs Lq = Lk; without gradient.
             None, the default: RoPE was applied, or there is none.

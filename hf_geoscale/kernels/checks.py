@@ -81,7 +81,24 @@ def check_qk_norm(qk_norm: tuple[Tensor, Tensor, float], query: Tensor) -> None:
         )
 
 
-def check_packed(packed: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
+def _are_rows(rows: Tensor, x: Tensor) -> bool:
+    """Whether x (B, H, L, D) is a view of rows (B, L, H·D)."""
+    batch, heads, length, dim = x.shape
+    if rows.shape != (batch, length, heads * dim) or rows.data_ptr() != x.data_ptr() or rows.dtype != x.dtype:
+        return False
+    sequence, row, entry = rows.stride()
+    return x.stride() == (sequence, dim * entry, row, entry)
+
+
+def check_packed(packed: Tensor | tuple[Tensor, Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor) -> None:
+    if isinstance(packed, tuple):
+        for name, rows, x in zip(("query", "key", "value"), packed, (query, key, value), strict=True):
+            if not _are_rows(rows, x):
+                raise ValueError(
+                    f"{name} must be a view of its tensor in packed, (B, L, H·D) as (B, L, H, D) transposed, got "
+                    f"{name} {tuple(x.shape)} with strides {x.stride()} and packed {tuple(rows.shape)} with {rows.stride()}"
+                )
+        return
     heads, kv_heads, dim = query.shape[1], key.shape[1], query.shape[3]
     counts = (heads, kv_heads, kv_heads)
     if packed.dim() == 3 and packed.shape[2] == sum(counts) * dim:

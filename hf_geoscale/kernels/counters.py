@@ -31,6 +31,11 @@ def _aligned(length: int) -> int:
     return length + -length % ALIGNMENT
 
 
+def length_of(batch: int, heads: int, kv_heads: int, count: bool, observe: bool) -> int:
+    """N of the buffer of `zeroed`."""
+    return sum(_sections(batch, heads, kv_heads, count, observe))
+
+
 def zeroed(batch: int, heads: int, kv_heads: int, count: bool, observe: bool, device: torch.device) -> Tensor:
     """The buffer of one call, (N,) float32.
 
@@ -38,12 +43,12 @@ def zeroed(batch: int, heads: int, kv_heads: int, count: bool, observe: bool, de
         count: with `overflow` and `amax`.
         observe: with `logit_max`.
     """
-    return torch.zeros(sum(_sections(batch, heads, kv_heads, count, observe)), dtype=torch.float32, device=device)
+    return torch.zeros(length_of(batch, heads, kv_heads, count, observe), dtype=torch.float32, device=device)
 
 
 def empty_like_zeroed(x: Tensor, batch: int, heads: int, kv_heads: int, count: bool, observe: bool) -> Tensor:
     """As `zeroed`, without values, for fake tensors."""
-    return x.new_empty(sum(_sections(batch, heads, kv_heads, count, observe)), dtype=torch.float32)
+    return x.new_empty(length_of(batch, heads, kv_heads, count, observe), dtype=torch.float32)
 
 
 def counters_of(

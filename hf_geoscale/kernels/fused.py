@@ -11,6 +11,9 @@ from . import passes
 from .reference import PROBABILITY_QUANT_SCALE
 from .replay import repeated
 
+Packed = Tensor | tuple[Tensor, Tensor, Tensor]
+"""What query, key and value are views of: one tensor (B, L, (Hq + 2·Hkv)·D), or one of each, (B, L, H·D)."""
+
 NO_NORM: tuple = (None, None, 0.0)
 """Defaults of the last inputs, the norms' weights and epsilon: the dispatcher does not pass on what equals its default."""
 INPUTS = len(signature(passes.forward).parameters)
@@ -29,10 +32,14 @@ def _nobody_watches(x: Tensor) -> bool:
     )
 
 
-def _run_forward(inputs: tuple) -> tuple[Tensor, ...]:
-    """The op below autograd; without the dispatcher, which takes longer than some launches, where nobody watches."""
+def _run_forward(inputs: tuple, counted: Tensor | None) -> tuple[Tensor, ...]:
+    """The op below autograd; without the dispatcher, which takes longer than some launches, where nobody watches.
+
+    Args:
+        counted: zeros to count into, used there; None for a buffer of the op's own.
+    """
     if _nobody_watches(inputs[0]):
-        return _forward(*inputs)
+        return _forward(*inputs) if counted is None else (*_forward_into(counted, *inputs), counted)
     with torch._C._AutoDispatchBelowAutograd():
         return attention_forward(*inputs)
 
@@ -71,7 +78,7 @@ def _backward(ctx, grad_out: Tensor, packed: bool, *dtypes: torch.dtype) -> tupl
     if q_norm is None:
         return *grads, None, None
     by_operand = partial.split((query.shape[1], key.shape[1]), dim=1)
-    needed = ctx.needs_input_grad[-3:-1]
+    needed = ctx.needs_input_grad[-4:-2]
     norm_grads = [
         x.sum((0, 1, 2)).to(weight.dtype) if wanted else None
         for x, weight, wanted in zip(by_operand, (q_norm, k_norm), needed, strict=True)
@@ -80,30 +87,31 @@ def _backward(ctx, grad_out: Tensor, packed: bool, *dtypes: torch.dtype) -> tupl
 
 
 class _Attention(torch.autograd.Function):
-    """Autograd of the op, of (query, key, value, q_norm, k_norm, all inputs): each argument costs time, so only these are seen.
+    """Autograd of the op, of (query, key, value, q_norm, k_norm, all inputs, counters): each argument costs time, so only the first
+    five are seen.
 
     At the op's Autograd key: `torch.library.register_autograd` adds 0.5 ms of CPU time to every call.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, q_norm, k_norm, inputs):
-        output = _run_forward(inputs)
+    def forward(ctx, query, key, value, q_norm, k_norm, inputs, counted):
+        output = _run_forward(inputs, *counted)
         _remember(ctx, output, inputs)
         return output
 
     @staticmethod
     def backward(ctx, grad_out, *_):
         if grad_out is None:
-            return (None,) * 6
-        return *_backward(ctx, grad_out, False, *ctx.dtypes), None
+            return (None,) * 7
+        return *_backward(ctx, grad_out, False, *ctx.dtypes), None, None
 
 
 class PackedAttention(torch.autograd.Function):
     """The op on views of one tensor (B, L, (Hq + 2·Hkv)·D), which gets one gradient: no split to be undone by a concatenation."""
 
     @staticmethod
-    def forward(ctx, packed, q_norm, k_norm, inputs):
-        output = _run_forward(inputs)
+    def forward(ctx, packed, q_norm, k_norm, inputs, counted):
+        output = _run_forward(inputs, *counted)
         _remember(ctx, output, inputs)
         ctx.packed = packed.shape, packed.dtype
         return output
@@ -111,14 +119,33 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, *_):
         if grad_out is None:
-            return (None,) * 4
+            return (None,) * 5
         shape, dtype = ctx.packed
         grad, _, _, *norm_grads = _backward(ctx, grad_out, True, dtype, dtype, dtype)
-        return grad.view(shape), *norm_grads, None
+        return grad.view(shape), *norm_grads, None, None
 
 
-def _with_gradients(*inputs) -> tuple[Tensor, ...]:
-    return _Attention.apply(*inputs[:3], *_norm(inputs)[:2], inputs)
+class RowsAttention(torch.autograd.Function):
+    """The op on views of three tensors (B, L, H·D), which get gradients of that shape: no views for autograd to go back through."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, q_norm, k_norm, inputs, counted):
+        output = _run_forward(inputs, *counted)
+        _remember(ctx, output, inputs)
+        ctx.rows = [(x.shape, x.dtype) for x in (query, key, value)]
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_out, *_):
+        if grad_out is None:
+            return (None,) * 7
+        *grads, q_norm, k_norm = _backward(ctx, grad_out, False, *(dtype for _, dtype in ctx.rows))
+        rows = [x.transpose(1, 2).reshape(shape) for x, (shape, _) in zip(grads, ctx.rows, strict=True)]
+        return *rows, q_norm, k_norm, None, None
+
+
+def _with_gradients(*inputs, counted: Tensor | None = None) -> tuple[Tensor, ...]:
+    return _Attention.apply(*inputs[:3], *_norm(inputs)[:2], inputs, (counted,))
 
 
 def _on_device_of_operands(run):
@@ -135,6 +162,7 @@ def _on_device_of_operands(run):
 
 
 _forward = _on_device_of_operands(repeated(passes.forward))
+_forward_into = _on_device_of_operands(repeated(passes.forward_into))
 _backward_pass = _on_device_of_operands(repeated(passes.backward))
 
 # Defined through a Library: the wrapper of `torch.library.custom_op` adds 0.4 ms of CPU time to every call (docs/kernels.md).
@@ -151,12 +179,21 @@ attention_forward = torch.ops.hf_geoscale.fp8_attention
 attention_backward = torch.ops.hf_geoscale.fp8_attention_backward
 
 
-def attend(packed: Tensor | None, *inputs) -> tuple[Tensor, ...]:
-    """`attention_forward` of these inputs, with gradients; those of the operands as one of `packed`, where they are views of it."""
+def attend(packed: Packed | None, counted: Tensor | None, *inputs) -> tuple[Tensor, ...]:
+    """`attention_forward` of these inputs, with gradients; those of the operands as of `packed`, where they are views of it.
+
+    Args:
+        counted: zeros, which the call may count into instead of a buffer of its own.
+    """
     if packed is not None:
-        inputs = (*(x.detach() for x in inputs[:3]), *inputs[3:])
-        return PackedAttention.apply(packed, *_norm(inputs)[:2], inputs)
-    return _with_gradients(*inputs) if _nobody_watches(inputs[0]) else attention_forward(*inputs)
+        alone = isinstance(packed, tuple) and _norm(inputs)[0] is None  # then nobody keeps them beyond the forward
+        inputs = inputs if alone else (*(x.detach() for x in inputs[:3]), *inputs[3:])
+        if isinstance(packed, tuple):
+            return RowsAttention.apply(*packed, *_norm(inputs)[:2], inputs, (counted,))
+        return PackedAttention.apply(packed, *_norm(inputs)[:2], inputs, (counted,))
+    if not _nobody_watches(inputs[0]):
+        return attention_forward(*inputs)
+    return _with_gradients(*inputs, counted=counted)
 
 
 def lse(shift: Tensor, row_sum: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -110,6 +111,14 @@ def shape_of(dim: int) -> dict[str, int]:
     return {"D": dim, "DP": padded, "num_warps": 8 if padded > 64 else 4}
 
 
+class Tables(NamedTuple):
+    """Where the rows and factors of some launches of `gram_kernel` lie."""
+
+    device: torch.device
+    stream: int  # whose launches follow the upload
+    launches: list[tuple[Tensor, tuple[int, int, int], dict[str, Any]]]  # (N, 3) int64; width and strides; types
+
+
 def grams(
     rows: Sequence[Rows],  # as `can_read` allows, any strides, all with D of `out` and on its device
     out: Tensor,  # (N, D, D) float32
@@ -120,21 +129,42 @@ def grams(
     Products are exact in float32; at most `part` of them are summed in one accumulator of the matrix units, and these sums are
     added one by one: d columns take ⌈d/part⌉ sums.
     """
-    launches: dict[tuple, list[tuple[int, ...]]] = {}
+    grams_of(tables(rows, out.device), out, part)
+
+
+def grams_of(tables: Tables, out: Tensor, part: int) -> None:
+    """`grams` of what lies at the addresses of `tables`."""
+    shape = shape_of(out.shape[-1])
+    with torch.cuda.device_of(out):
+        for table, layout, types in tables.launches:
+            gram_kernel[(len(table),)](table, out, *layout, **types, **shape, PART=part, BLOCK=BLOCK)
+
+
+def tables(rows: Sequence[Rows], device: torch.device) -> Tables:
+    """What `grams_of` needs to know of these; one launch for each width, layout and types."""
+    kinds: dict[tuple, list[tuple[int, ...]]] = {}
     for weight, factors, place in rows:
         heads, _, width = weight.shape
         stride_h, *strides = weight.stride()
         kind = (width, *strides, weight.dtype, None if factors is None else factors.dtype)
         address = 0 if factors is None else factors.data_ptr()
         step = stride_h * weight.element_size()
-        launches.setdefault(kind, []).append((weight.data_ptr(), step, heads, address, place))
-    shape = shape_of(out.shape[-1])
-    stream = torch.cuda.current_stream(out.device).cuda_stream if out.is_cuda else 0
-    for (width, stride_d, stride_w, dtype, factor_type), entries in launches.items():
-        table, aligned = _table(tuple(entries), out.device, stream)
+        kinds.setdefault(kind, []).append((weight.data_ptr(), step, heads, address, place))
+    stream, launches = _stream(device), []
+    for (*layout, dtype, factor_type), entries in kinds.items():
+        table, aligned = _table(tuple(entries), device, stream)
         types = {"TYPE": _TYPES[dtype], "FACTOR": _TYPES.get(factor_type), "ALIGNED": aligned}
-        with torch.cuda.device_of(out):
-            gram_kernel[(len(table),)](table, out, width, stride_d, stride_w, **types, **shape, PART=part, BLOCK=BLOCK)
+        launches.append((table, tuple(layout), types))
+    return Tables(device, stream, launches)
+
+
+def is_current(tables: Tables) -> bool:
+    """Whether launches from here on come after the tables' upload."""
+    return tables.stream == _stream(tables.device)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 @lru_cache(maxsize=256)

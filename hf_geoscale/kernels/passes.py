@@ -81,6 +81,22 @@ def forward(
         Σ P̃; q8, k8 (B, H, L, D), k8's residual (empty unless `high`), v8 (B, Hkv, D, Lp); and the buffer of `counters`, with
         overflow and amax if `count`, with logit_max if `observe` or with a logit_quant_scale.
     """
+    observe = observe or logit_quant_scale is not None
+    counted = zeroed(query.shape[0], query.shape[1], key.shape[1], count, observe, query.device)
+    outputs = forward_into(
+        counted, query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed, gradient_overflow,
+        logit_quant_scale, cos, sin, interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent, high, count,
+        observe, q_norm, k_norm, norm_eps,
+    )  # fmt: skip
+    return *outputs, counted
+
+
+def forward_into(
+    counted, query, key, value, q_quant_scale, k_quant_scale, v_quant_scale, key_range, dropout_seed, gradient_overflow,
+    logit_quant_scale, cos, sin, interleaved, softmax_scale, softcap, causal, window, dropout_p, incoherent, high, count, observe,
+    q_norm=None, k_norm=None, norm_eps=0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`forward` that counts into a buffer of zeros, `counted`, and does not return it."""
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
     device, e4m3 = query.device, torch.float8_e4m3fn
@@ -94,7 +110,6 @@ def forward(
     residual = torch.empty(key.shape if high else (0,), dtype=e4m3, device=device)
     v8 = torch.empty(batch, kv_heads, dim, padded, dtype=e4m3, device=device)
     observe = observe or logit_quant_scale is not None
-    counted = zeroed(batch, heads, kv_heads, count, observe, device)
     overflow, amax, logit_max, v_norm = counters_of(counted, batch, heads, kv_heads, count, observe)
     grid = (batch * (heads + 2 * kv_heads), cdiv(max(n_queries, padded), QUANTIZE_ROWS))
     quantize_kernel[grid](
@@ -109,7 +124,7 @@ def forward(
     row_sum = torch.empty_like(shift)
     kernels = hopper.launches_for(call, device, counters=observe) or launch
     kernels.forward(call, q8, k8, residual, v8, out, shift, row_sum, logit_max, overflow)
-    return out, shift, row_sum, q8, k8, residual, v8, counted
+    return out, shift, row_sum, q8, k8, residual, v8
 
 
 def fake_forward(

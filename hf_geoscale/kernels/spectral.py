@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gram import can_read, grams, shape_of, takes
+from .gram import can_read, grams, grams_of, is_current, shape_of, tables, takes
 from .launcher import DirectKernel
 
-__all__ = ["can_read", "grams", "norm_bounds", "power_iteration", "takes"]
+__all__ = ["can_read", "grams", "grams_of", "is_current", "norm_bounds", "power_iteration", "tables", "takes"]
 
 NORM_MIN = tl.constexpr(2.0**-100)
 """Norms below it are taken for it, so that nothing is divided by 0."""

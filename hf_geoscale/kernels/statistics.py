@@ -12,11 +12,30 @@ CASTS_KEPT = 32
 """Calls whose counts are added up together."""
 
 
+class Earlier:
+    """What calls of several layers counted before their statistics started over (`shared_counters`): a row a layer."""
+
+    def __init__(self, overflow: Tensor, amax: Tensor, counts: tuple[int, int, int]):
+        self.overflow = overflow  # (L, 4) int64
+        self.amax = amax  # (L, Hq + 2·Hkv) in FP8 units
+        self.counts = counts
+
+    def add(self, overflow: Tensor, amax: Tensor) -> None:
+        self.overflow = self.overflow + overflow
+        self.amax = torch.maximum(self.amax, amax)
+
+    def take_ranges(self, row: int) -> dict[str, Tensor]:
+        """Shares of the range by operand since this was called last for a layer."""
+        shares = _by_operand(self.amax[row] / E4M3.max, self.counts)
+        self.amax[row] = 0
+        return shares
+
+
 class AttentionStatistics:
-    """Running totals over calls since the last `reset`; all on the operands' device.
+    """Running totals over calls since the last `reset`; all on the operands' device. Ranges start over with `start_over`.
 
     `range_used` maps "q", "k", "v" to (H,): the largest |x·quant_scale| / 448 seen per head; above 1 is an overflow. "logit",
-    (Hq,), is there with quantised logits. `latest` has the same of the last call alone.
+    (Hq,), is there with quantised logits. `latest` has the same of the last call alone, until ranges start over.
     `logit_amax` is (Hq,): the largest visible |q·k|·softmax_scale, before any soft cap, or None unless `observe_logits`.
     """
 
@@ -34,6 +53,13 @@ class AttentionStatistics:
         self._amax: Tensor | None = None  # of q, k and v in FP8 units: what `_range_used` is still to be told
         self._latest_casts: Tensor | None = None
         self._counts: tuple[int, int, int] = (0, 0, 0)  # heads of q, k and v in all of these
+        self.earlier: Earlier | None = (
+            None  # calls before `start_over`, if they were counted together, and the row of these
+        )
+        self._row = 0
+        self._untaken = False  # whether ranges are in that row
+        self._earlier_ranges: dict[str, Tensor] = {}  # those that are not
+        self._spare: Tensor | None = None  # zeros for the next call's counters
         self.logit_amax: Tensor | None = None
         self._gradient_overflow: Tensor | None = None
 
@@ -63,6 +89,63 @@ class AttentionStatistics:
         if len(self._casts) >= CASTS_KEPT or torch.compiler.is_compiling():  # guards would follow the length of a list
             self._fold_casts()
 
+    @property
+    def casts(self) -> list[Tensor]:
+        """Buffers of calls that were not added up yet, each (N,)."""
+        return self._casts
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Heads of q, k and v in these."""
+        return self._counts
+
+    @property
+    def holds_calls_alone(self) -> bool:
+        """Whether `casts` are all there is of the calls since ranges started over."""
+        return bool(self._casts) and not self._ranged and self._amax is None and not self._range_used
+
+    def is_row(self, earlier: Earlier, row: int) -> bool:
+        return self.earlier is earlier and self._row == row
+
+    def buffer(self, length: int, device: torch.device) -> Tensor | None:
+        """Zeros for the counters of a call, (length,), if some lie ready."""
+        spare = self._spare
+        if spare is None or torch.compiler.is_compiling():
+            return None
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None  # a graph would write to them ever after
+        self._spare = None
+        return spare if spare.shape[0] == length and spare.device == device else None
+
+    def hand_over(self, earlier: Earlier, row: int, spare: Tensor) -> None:
+        """Leave the buffers of calls, which `earlier` has taken up, for one of zeros."""
+        if not self.is_row(earlier, row):
+            self._leave_row()
+        self.earlier, self._row, self._untaken, self._spare = earlier, row, True, spare
+        self._casts, self._ranged, self._latest, self._latest_casts = [], 0, {}, None
+        self.logit_amax = None
+
+    def keep_earlier(self) -> None:
+        """Set `range_used`, which `fold_ranges` has brought up to date, aside for `take_earlier`, without other layers."""
+        _widen(self._earlier_ranges, self._range_used)
+        self._range_used, self.logit_amax, self._spare = {}, None, None
+
+    def take_earlier(self) -> dict[str, Tensor]:
+        """Shares of the range, by operand, that calls before `start_over` used, since this was asked last."""
+        ranges, self._earlier_ranges = self._earlier_ranges, {}
+        if self.earlier is not None and self._untaken:
+            self._untaken = False
+            _widen(ranges, self.earlier.take_ranges(self._row))
+        return ranges
+
+    def _leave_row(self) -> None:
+        """Keep what is in a row of `earlier` without it."""
+        self._earlier_ranges = self.take_earlier()
+        if self.earlier is not None:
+            row, old = self.earlier.overflow[self._row], self._cast_overflow
+            self._cast_overflow = row if old is None else _on_device_of(row, old) + row
+        self.earlier = None
+
     def _fold_amax(self) -> None:
         if self._ranged == len(self._casts):
             return
@@ -82,11 +165,7 @@ class AttentionStatistics:
 
     def add_range(self, operand: str, used: Tensor) -> None:
         self.latest[operand] = used  # after what earlier calls counted
-        self._widen(operand, used)
-
-    def _widen(self, operand: str, used: Tensor) -> None:
-        old = self._range_used.get(operand)
-        self._range_used[operand] = used if old is None else torch.maximum(_on_device_of(used, old), used)
+        _widen(self._range_used, {operand: used})
 
     @property
     def range_used(self) -> dict[str, Tensor]:
@@ -113,9 +192,11 @@ class AttentionStatistics:
         """Values beyond ±448 before the cast of each operand, as numbers; waits for the device."""
         self._fold_casts()
         counts = {operand: int(count) for operand, count in self._overflow.items()}
-        if self._cast_overflow is not None:
-            for operand, count in zip(("q", "k", "v", "logit"), self._cast_overflow.tolist(), strict=True):
-                counts[operand] = counts.get(operand, 0) + count
+        earlier = None if self.earlier is None else self.earlier.overflow[self._row]
+        for casts in (self._cast_overflow, earlier):
+            if casts is not None:
+                for operand, count in zip(("q", "k", "v", "logit"), casts.tolist(), strict=True):
+                    counts[operand] = counts.get(operand, 0) + count
         if self._gradient_overflow is not None:
             counts["logit gradient"] = counts.get("logit gradient", 0) + int(self._gradient_overflow)
         return counts
@@ -135,8 +216,13 @@ def fold_ranges(statistics: Iterable[AttentionStatistics]) -> None:
     shares = torch._foreach_div([amax for _, amax in behind], E4M3.max) if behind else ()
     for (s, _), used in zip(behind, shares, strict=True):
         s._amax = None
-        for operand, share in _by_operand(used, s._counts).items():
-            s._widen(operand, share)
+        _widen(s._range_used, _by_operand(used, s._counts))
+
+
+def _widen(ranges: dict[str, Tensor], used: dict[str, Tensor]) -> None:
+    for operand, share in used.items():
+        old = ranges.get(operand)
+        ranges[operand] = share if old is None else torch.maximum(_on_device_of(share, old), share)
 
 
 def _by_operand(x: Tensor, counts: tuple[int, int, int]) -> dict[str, Tensor]:

@@ -128,6 +128,6 @@ def refresh_together(strategies: Sequence[ScalingStrategy], geometries: Sequence
             strategy.refresh(geometry)
     for (_, headroom), members in together.items():
         bounds = [b for _, geometry in members for b in (geometry.q_bound, geometry.k_bound, geometry.v_bound)]
-        scales = _quant_scale(torch.cat(bounds), headroom).split([len(b) for b in bounds])
+        scales = _quant_scale(torch.cat(bounds), headroom).split([b.shape[0] for b in bounds])
         for index, (strategy, geometry) in enumerate(members):
             strategy.use(geometry, QuantScales(*scales[3 * index : 3 * index + 3]))

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_geoscale import patch_model, refresh_scales
-from hf_geoscale.geometry import batch
+from hf_geoscale.geometry import batch, steady
 from hf_geoscale.geometry import layer as layer_geometry
 from hf_geoscale.integrations import geoscale_layers
+from hf_geoscale.integrations.families import AttentionSite
 
 launcher = pytest.importorskip("hf_geoscale.kernels.launcher")
 kernels = pytest.importorskip("hf_geoscale.kernels.spectral")
@@ -41,7 +43,7 @@ def launches(monkeypatch) -> list[str]:
             original(self, *arguments, **options)
 
     monkeypatch.setattr(launcher.DirectKernel, "_launch", launch)
-    for module in (batch, layer_geometry):
+    for module in (batch, layer_geometry, steady):
         monkeypatch.setattr(module, "arithmetic_of", lambda maps: "tensor cores")
     return names
 
@@ -79,8 +81,112 @@ def test_the_scales_are_those_of_the_torch_path(launches, monkeypatch):
     mine = [layer.scaling.scales for layer in geoscale_layers(model)]
     monkeypatch.setattr("hf_geoscale.integrations.refresh._matrix_kernels", lambda: None)
     launches.clear()
+    geoscale_layers(model)[0].group._steady = None
     refresh_scales(model)
     assert not launches
     for scales, layer in zip(mine, geoscale_layers(model), strict=True):
         for name in "qkv":
             torch.testing.assert_close(getattr(scales, name), getattr(layer.scaling.scales, name), rtol=1e-5, atol=0)
+
+
+class NoKernels:
+    """In the place of `kernels.spectral`: takes what it takes, and gives ones."""
+
+    def takes(self, dim, device):
+        return True
+
+    def can_read(self, weight, factors):
+        return kernels.can_read(weight, factors)
+
+    def tables(self, rows, device):
+        return len(rows)
+
+    def is_current(self, tables):
+        return True
+
+    def grams(self, rows, out, part):
+        out.fill_(1)
+
+    def grams_of(self, tables, out, part):
+        out.fill_(1)
+
+    def norm_bounds(self, grams, coefficients, squarings):
+        return grams.new_ones(len(grams), dtype=torch.float64)
+
+    def power_iteration(self, gram_q, gram_k, vectors, rounds):
+        return gram_q.new_ones(len(gram_q), dtype=torch.float64), torch.ones_like(vectors)
+
+
+def read_layers(monkeypatch) -> list[int]:
+    """Grows by a layer's number whenever its maps are read."""
+    read: list[int] = []
+    original = AttentionSite.projections
+    monkeypatch.setattr(AttentionSite, "projections", lambda site: read.append(site.layer) or original(site))
+    return read
+
+
+def test_a_refresh_after_a_step_reads_no_maps(launches, monkeypatch):
+    model = model_of(1)
+    refresh_scales(model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(model.parameters(), lr=0.05).step()
+    readings, (layer,) = read_layers(monkeypatch), geoscale_layers(model)
+    before = layer.geometry
+    refresh_scales(model)
+    assert not readings
+    assert layer.weights_version == layer.site.version()
+    steady, layer.geometry, layer.group._steady = layer.geometry, before, None
+    refresh_scales(model)
+    assert readings == [0]
+    for name in ("q_bound", "k_bound", "v_bound", "logit_bound", "sigma_lower", "vectors"):
+        assert torch.equal(getattr(steady, name), getattr(layer.geometry, name))
+        assert not torch.equal(getattr(steady, name), getattr(before, name))
+
+
+def _with_bias(module: nn.Linear) -> None:
+    module.bias = nn.Parameter(torch.ones(module.out_features, dtype=torch.bfloat16))
+
+
+def _with_adapter(attention) -> None:
+    peft = pytest.importorskip("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), attention)
+
+
+SAME = {"nothing", "a value by torch", "evaluation"}
+CHANGES = {
+    "nothing": lambda model, attention: None,
+    "new parameter": lambda model, attention: setattr(
+        attention.q_proj, "weight", nn.Parameter(9 * attention.q_proj.weight.detach())
+    ),
+    "new data": lambda model, attention: setattr(attention.k_proj.weight, "data", 9 * attention.k_proj.weight.data),
+    "transposed data": lambda model, attention: setattr(
+        attention.q_proj.weight, "data", attention.q_proj.weight.data.T.as_strided((32, 32), (1, 32))
+    ),
+    "a value by torch": lambda model, attention: nn.init.ones_(attention.q_proj.weight),
+    "another dtype": lambda model, attention: model.float(),
+    "new module": lambda model, attention: setattr(attention, "v_proj", nn.Linear(32, 16, False).bfloat16()),
+    "bias": lambda model, attention: _with_bias(attention.v_proj),
+    "adapter": lambda model, attention: _with_adapter(attention),
+    "module inside": lambda model, attention: attention.v_proj.add_module("inner", nn.Identity()),
+    "rotary factor": lambda model, attention: setattr(model.model.rotary_emb, "attention_scaling", 3.0),
+    "softmax scale": lambda model, attention: setattr(attention, "scaling", 3.0),
+    "offset of a norm": lambda model, attention: setattr(model.model.layers[1].input_layernorm, "offset", 1.0),
+    "evaluation": lambda model, attention: model.eval(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_refresh_reads_again_what_changed(monkeypatch, change):
+    for module in (batch, layer_geometry, steady):
+        monkeypatch.setattr(module, "arithmetic_of", lambda maps: "tensor cores")
+    instead = NoKernels()
+    monkeypatch.setattr("hf_geoscale.integrations.refresh._matrix_kernels", lambda: instead)
+    model = model_of(2)
+    refresh_scales(model)
+    readings = read_layers(monkeypatch)
+    refresh_scales(model)
+    assert not readings
+    CHANGES[change](model, model.model.layers[1].self_attn)
+    refresh_scales(model)
+    assert readings == ([] if change in SAME else [0, 1])

@@ -13,7 +13,7 @@ from hf_geoscale.geometry import layer as layer_geometry
 from hf_geoscale.geometry import operand_bound
 from hf_geoscale.integrations import geoscale_layers
 from hf_geoscale.integrations.sharding import attribute, follow_shards, submodules
-from hf_geoscale.integrations.versions import module_versions
+from hf_geoscale.integrations.versions import module_versions, plain_versions
 
 from ..conftest import here, tiny_model, tokens
 from ..kernels.fused_cases import DEVICE, NEEDS_KERNELS
@@ -174,3 +174,18 @@ def test_weights_gathered_from_shards_have_the_version_of_their_shards():
     after = [module_versions([linear], contents=False) for linear in linears]
     assert before[0] == after[0]
     assert before[1] != after[1]
+
+
+def test_versions_of_plain_modules_are_those_of_all():
+    linear, norm = nn.Linear(4, 4), nn.RMSNorm(4)
+    for trained in (True, False):
+        assert plain_versions([linear, norm]) == (True, module_versions([linear, norm], contents=False))
+        linear.requires_grad_(False)
+        norm.requires_grad_(trained)
+        with torch.no_grad():
+            linear.weight.add_(1)
+    assert plain_versions([linear.requires_grad_(False), norm.requires_grad_(False)])[0] is False
+    marked = nn.Linear(4, 4)
+    marked.weight.quant_state = None
+    for more in (nn.Dropout(), nn.Sequential(linear), marked):
+        assert plain_versions([norm, more]) is None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_geoscale import fp8_attention
 from hf_geoscale.kernels import AttentionStatistics, fused, hopper, launcher, replay
+from hf_geoscale.kernels.counters import length_of
 from tests.kernels import stubbed_launches as stubs
 
 CASES: dict[str, dict[str, Any]] = {
@@ -28,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "window": {"window": 20},
     "key ranges": {"ranges": True},
     "no statistics": {"count": False},
+    "counters that lie ready": {"ready": True},
     "unaligned": {"shift": 1},
     "heads first": {"heads_first": True},
     "two groups of rows": {"rows": 2100},
@@ -62,7 +64,7 @@ def draw(*shape: int, shift: int = 0, dtype: torch.dtype = torch.bfloat16) -> Te
 
 def attend(
     rows=70, keys=None, dim=64, packed=False, rotary=0, norms=False, ranges=False, count=True, observe=False, logits=False, shift=0,
-    dtype=torch.bfloat16, heads_first=False, **options,
+    dtype=torch.bfloat16, heads_first=False, ready=False, **options,
 ) -> list[Pass]:  # fmt: skip
     """Both passes of one call, with operands at new addresses."""
     counts = (4, 2, 2)
@@ -86,6 +88,8 @@ def attend(
     if logits:
         options["logit_quant_scale"] = draw(counts[0], dtype=torch.float32)
     options["statistics"] = AttentionStatistics(observe_logits=observe) if count else None
+    if ready:
+        options["statistics"]._spare = torch.zeros(length_of(2, 4, 2, True, observe), dtype=torch.float32)
     before = len(passes)
     out = fp8_attention(*operands, backend="triton", **options)
     out.backward(draw(*out.transpose(1, 2).shape).to(out.dtype).transpose(1, 2))
@@ -193,6 +197,7 @@ def check(case: dict[str, Any]) -> None:
             assert not pointers, "launched as it runs"
             Comparison(run, repeated)
     assert stubs.ordinary() == through
+    assert len(kept[-1][0].outputs) == 8 - case.get("ready", False), "counters of its own"
     assert not [x for plan in plans() for x in tensors_of(plan) if not any(x is y for y in plan.kept)], (
         "a plan keeps tensors"
     )
@@ -226,6 +231,7 @@ if __name__ == "__main__":
     if not launcher._FOLLOWED:
         sys.exit("skip: launches of this Triton are not followed")
     stubs.poison()
-    fused._forward, fused._backward_pass = spied(fused._forward), spied(fused._backward_pass)
+    for name in ("_forward", "_forward_into", "_backward_pass"):
+        setattr(fused, name, spied(getattr(fused, name)))
     kinds = [(kind, on_hopper) for kind in stubs.LAUNCHERS for on_hopper in (True, False)]
     print(json.dumps({f"{kind}, {'Hopper' if h else 'portable'}": report(kind, h) for kind, h in kinds}))

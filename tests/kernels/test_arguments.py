@@ -50,3 +50,18 @@ def test_bad_input_is_named(call):
     _, operands, s, options, error, message = call
     with pytest.raises(error, match=message):
         fp8_attention(*operands, **s, **options)
+
+
+def test_tensors_that_the_operands_are_no_views_of_are_named():
+    rows = tuple(torch.randn(2, 70, heads * 32) for heads in (4, 2, 2))
+    views = [x.view(2, 70, -1, 32).transpose(1, 2) for x in rows]
+    s = scales(*views)
+    fp8_attention(*views, packed=rows, backend="reference", **s)
+    with pytest.raises(ValueError, match=r"value must be a view of its tensor in packed.*\(2, 2, 70, 32\)"):
+        fp8_attention(*views, packed=(rows[0], rows[1], rows[1]), **s)
+    with pytest.raises(
+        ValueError, match=r"query must be a view.* with strides \(8960, 2240, 32, 1\) and packed \(2, 70"
+    ):
+        fp8_attention(rows[0].view(2, 4, 70, 32), *views[1:], packed=rows, **s)
+    with pytest.raises(ValueError, match=r"key must be a view"):
+        fp8_attention(*views, packed=(rows[0], rows[1][:, :35], rows[2]), **s)

@@ -1,5 +1,7 @@
 """What calls count: sections of one buffer, and ranges that are divided when somebody reads them."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from hf_geoscale.kernels.counters import (
     v_norm_of,
     zeroed,
 )
+from hf_geoscale.kernels.shared_counters import start_over
 from hf_geoscale.kernels.statistics import CASTS_KEPT, fold_ranges
 
 CPU = torch.device("cpu")
@@ -146,3 +149,110 @@ class TestRanges:
             assert {k: v.tolist() for k, v in mine.range_used.items()} == {
                 k: v.tolist() for k, v in theirs.range_used.items()
             }
+
+
+def shares(*seeds: int) -> list[list[float]]:
+    """Largest shares of the range of these calls, by operand."""
+    return [x.tolist() for x in (torch.stack([amax_of(cast(s), COUNTS) for s in seeds]).amax(0) / 448).split(COUNTS)]
+
+
+def overflows(*seeds: int) -> list[int]:
+    return sum(overflow_of(cast(s)) for s in seeds).tolist()
+
+
+def taken(statistics: AttentionStatistics) -> list[list[float]]:
+    return [x.tolist() for x in statistics.take_earlier().values()]
+
+
+class TestStartOver:
+    """Two layers; calls of layer i in round r have the seed 10·r + i."""
+
+    def group(self) -> list[AttentionStatistics]:
+        return [AttentionStatistics() for _ in range(2)]
+
+    def call(self, group, turn: int) -> None:
+        for i, statistics in enumerate(group):
+            statistics.add_casts(cast(10 * turn + i), COUNTS)
+
+    def test_ranges_are_of_later_calls_and_totals_of_all(self):
+        group = self.group()
+        for turn in range(3):
+            self.call(group, turn)
+            start_over(group)
+            assert all(s.range_used == s.latest == {} for s in group)
+        self.call(group, 3)
+        for i, s in enumerate(group):
+            assert [x.tolist() for x in s.range_used.values()] == shares(30 + i)
+            assert taken(s) == shares(i, 10 + i, 20 + i)
+            assert taken(s) == []
+            assert list(s.overflows_by_operand.values()) == overflows(i, 10 + i, 20 + i, 30 + i)
+        start_over(group)
+        assert [taken(s) for s in group] == [shares(30), shares(31)]
+        for s in group:
+            s.add_casts(torch.zeros_like(cast(0)), COUNTS)
+        start_over(group)
+        assert all(not any(map(any, taken(s))) for s in group)
+
+    def test_the_next_call_finds_zeros_and_only_that(self):
+        group = self.group()
+        self.call(group, 0)
+        length = len(cast(0))
+        assert group[0].buffer(length, CPU) is None
+        start_over(group)
+        first, second = (s.buffer(length, CPU) for s in group)
+        assert first.shape == second.shape == cast(0).shape
+        assert not first.any()
+        assert second.data_ptr() - first.data_ptr() >= 4 * length
+        assert (first.data_ptr() - second.data_ptr()) % (4 * ALIGNMENT) == 0
+        assert group[0].buffer(length, CPU) is None
+        self.call(group, 1)
+        start_over(group)
+        assert group[0].buffer(length + 4, CPU) is None
+
+    def test_several_calls_of_each_are_counted_together(self):
+        group = self.group()
+        for turn in range(4):
+            self.call(group, turn)
+        start_over(group)
+        assert group[0].buffer(len(cast(0)), CPU) is not None
+        assert [taken(s) for s in group] == [shares(0, 10, 20, 30), shares(1, 11, 21, 31)]
+        assert list(group[1].overflows_by_operand.values()) == overflows(1, 11, 21, 31)
+
+    def test_layers_that_saw_another_number_of_calls_are_counted_alone(self):
+        group = self.group()
+        self.call(group, 0)
+        start_over(group)
+        self.call(group, 1)
+        group[0].add_casts(cast(20), COUNTS)
+        start_over(group)
+        assert [s.buffer(len(cast(0)), CPU) for s in group] == [None, None]
+        self.call(group, 3)
+        start_over(group[::-1])
+        assert [taken(s) for s in group] == [shares(0, 10, 20, 30), shares(1, 11, 31)]
+        assert list(group[0].overflows_by_operand.values()) == overflows(0, 10, 20, 30)
+        start_over(group)  # without a call
+        assert [taken(s) for s in group] == [[], []]
+
+    def test_layers_may_leave_a_group(self):
+        group = self.group()
+        self.call(group, 0)
+        start_over(group)
+        self.call(group[1:], 1)
+        start_over(group[1:])
+        assert taken(group[1]) == [x.tolist() for x in _maximum(cast(1), cast(10))]
+        assert list(group[1].overflows_by_operand.values()) == overflows(1, 10)
+        assert taken(group[0]) == shares(0)
+
+    def test_a_copy_counts_for_itself(self):
+        group = self.group()
+        self.call(group, 0)
+        start_over(group)
+        other = copy.deepcopy(group)
+        self.call(group, 1)
+        start_over(group)
+        assert [taken(s) for s in other] == [shares(0), shares(1)]
+        assert list(other[0].overflows_by_operand.values()) == overflows(0)
+
+
+def _maximum(*buffers: Tensor) -> tuple[Tensor, ...]:
+    return (torch.stack([amax_of(b, COUNTS) for b in buffers]).amax(0) / 448).split(COUNTS)

@@ -11,7 +11,7 @@ from hf_geoscale.kernels.backend import resolve_backend, triton_missing
 
 from ..tolerances import FUSED_ERROR, OUTPUT_ERROR
 from .fused_cases import DEVICE, NEEDS_KERNELS, operands, ranges, run
-from .samples import exact, relative
+from .samples import exact, relative, scales
 
 pytestmark = NEEDS_KERNELS
 if triton_missing(DEVICE) is None:
@@ -31,6 +31,22 @@ class TestOp:
         outs = [fp8_attention(*leaves, **options, dropout_seed=seed, backend="triton") for seed in seeds]
         assert all(torch.equal(out, outs[0]) for out in outs)
         assert relative(outs[0], fp8_attention(*leaves, **options, dropout_seed=-5, backend="reference")) < FUSED_ERROR
+
+    def test_tensors_behind_the_operands_get_their_gradients(self):
+        """The same bits as through views of them, in one node of autograd."""
+        rows = [torch.randn(2, 20, heads * 16, device=DEVICE, dtype=torch.bfloat16) for heads in (2, 1, 1)]
+        weights = [torch.randn(16, device=DEVICE).requires_grad_(wanted) for wanted in (True, False)]
+        options = scales(*(x.view(2, 20, -1, 16).transpose(1, 2).cpu() for x in rows))
+        options = {name: x.to(DEVICE) for name, x in options.items()} | {"qk_norm": (*weights, 1e-6)}
+        found = []
+        for behind in (False, True):
+            leaves = [x.clone().requires_grad_() for x in rows]
+            views = [x.view(2, 20, -1, 16).transpose(1, 2) for x in leaves]
+            out = fp8_attention(*views, **options, packed=tuple(leaves) if behind else None, backend="triton")
+            found.append([out, *torch.autograd.grad(out.square().sum(), [*leaves, weights[0]])])
+        nodes = [node for node, _ in found[1][0].grad_fn.next_functions if node is not None]
+        assert {type(node).__name__ for node in nodes} == {"AccumulateGrad"}
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*found, strict=True))
 
     def test_log_sum_exp(self):
         leaves, options = operands({"rows": 131, "keys": 131, "ranges": "padding"})
