@@ -16,7 +16,8 @@ DIM_MAX = 128
 """Most rows of a Gram matrix: two float32 accumulators of 256 × 256 do not fit the registers."""
 
 BLOCK = 64
-"""Columns read at a time (a guess)."""
+"""Columns read at a time. Of 32, 64 and 128 the best at D 64 on one H100; at D 128, 128 is 6 % faster there, but
+takes more shared memory than other GPUs have."""
 
 CAPABILITY_WITH_BF16 = (8, 0)
 """First CUDA compute capability whose matrix units multiply BF16."""
