@@ -1,6 +1,6 @@
 """The geometry of attention layers: all bounds of one refresh."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -150,7 +150,7 @@ def measure_layers(
         groups.setdefault((way, query.weight.device, heads), []).append(index)
     found: dict[int, LayerGeometry] = {}
     for (way, device, heads), members in groups.items():
-        together = max(1, GRAM_ENTRIES // sum(h * dim**2 for h, dim in heads))
+        together = layers_together(heads)
         for start in range(0, len(members), together):
             batch = members[start : start + together]
             usable = kernels if way == "tensor cores" and kernels and kernels.takes(heads[0][1], device) else None
@@ -160,6 +160,13 @@ def measure_layers(
             worst_case = measure_interaction(layer.query, layer.key, layer.softmax_scale)[1]
             found[index] = replace(found[index], worst_case_logit=worst_case)
     return [found[index] for index in range(len(layers))]
+
+
+def layers_together(
+    heads: Iterable[tuple[int, int]],  # (H, D) of q, k and v
+) -> int:
+    """Layers of this shape whose Gram matrices are made at once."""
+    return max(1, GRAM_ENTRIES // sum(count * dim**2 for count, dim in heads))
 
 
 def _measure_together(

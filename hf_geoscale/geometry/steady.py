@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .batch import arithmetic_of, constants_of_bounds
-from .layer import GRAM_ENTRIES, LayerGeometry, LayerMaps, geometries_of
+from .layer import LayerGeometry, LayerMaps, geometries_of, layers_together
 from .spectral import SQUARINGS, WARM_ROUNDS
 from .tensor_cores import SUM_WIDTH, MatrixKernels
 
@@ -37,8 +37,7 @@ class SteadyBatch:
         if len(shapes) > 1 or len(devices) > 1:
             return None
         (heads,), (device,) = shapes, devices
-        entries = sum(h * dim**2 for h, dim in heads)
-        if len(layers) * entries > GRAM_ENTRIES or not kernels.takes(heads[0][1], device):
+        if not kernels.takes(heads[0][1], device):
             return None
         if not all(arithmetic_of(layer.projections) == "tensor cores" for layer in layers):
             return None
@@ -52,6 +51,18 @@ class SteadyBatch:
         counts = query_heads, key_heads, value_heads
         scales = tuple(layer.softmax_scale for layer in layers)
         return cls(kernels, kernels.tables(rows, device), constants_of_bounds(maps), counts, dim, scales)
+
+    @property
+    def layers(self) -> int:
+        return len(self.softmax_scales)
+
+    @classmethod
+    def parts(cls, layers: Sequence[LayerMaps], kernels: MatrixKernels) -> "list[SteadyBatch] | None":
+        """`of` as many layers at a time as `measure_layers` takes together; None if some are not served."""
+        together = layers_together((len(p.weight), p.weight.shape[1]) for p in layers[0].projections)
+        found = [cls.of(layers[i : i + together], kernels) for i in range(0, len(layers), together)]
+        served = [part for part in found if part is not None]
+        return served if len(served) == len(found) else None
 
     @property
     def usable(self) -> bool:

@@ -5,6 +5,7 @@ what it was, and the kernels read the same addresses. Anything else is read anew
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 class SteadyLayers:
     """Layers that kernels measured where their parameters lie, and how these lay. Holds no module and no weight."""
 
-    def __init__(self, layouts: Sequence[tuple], batch: SteadyBatch):
-        self.layouts, self.batch = layouts, batch
+    def __init__(self, layouts: Sequence[tuple], batches: Sequence[SteadyBatch]):
+        self.layouts, self.batches = layouts, batches
 
     @classmethod
     def of(
@@ -41,12 +42,17 @@ class SteadyLayers:
             if (found := layout(layer.site, layer.site.weight_modules(), rotary_factor(layer.site.rotary))) is None:
                 return None
             layouts.append(found)
-        batch = SteadyBatch.of(maps, kernels)
-        return None if batch is None else cls(layouts, batch)
+        batches = SteadyBatch.parts(maps, kernels)
+        return None if batches is None else cls(layouts, batches)
 
     def versions(self, layers: Sequence["GeoScaleLayer"]) -> list[tuple] | None:
         """Of today's weights; None where these layers have to be read again."""
-        if len(layers) != len(self.layouts) or shards_followed() or is_fsdp_enabled() or not self.batch.usable:
+        if (
+            len(layers) != len(self.layouts)
+            or shards_followed()
+            or is_fsdp_enabled()
+            or not all(b.usable for b in self.batches)
+        ):
             return None
         found: list[tuple] = []
         factors: dict[int, float] = {}  # the layers of a model share their rotary embeddings
@@ -62,7 +68,8 @@ class SteadyLayers:
 
     def measure(self, layers: Sequence["GeoScaleLayer"]) -> list[LayerGeometry]:
         """Geometry of today's weights, right after `versions` gave theirs."""
-        return self.batch.measure([layer.geometry.vectors for layer in layers if layer.geometry is not None])
+        vectors = iter([layer.geometry.vectors for layer in layers if layer.geometry is not None])
+        return [found for batch in self.batches for found in batch.measure([*islice(vectors, batch.layers)])]
 
 
 def _lies_in_parameters(layer: "GeoScaleLayer", maps: LayerMaps) -> bool:

@@ -125,6 +125,24 @@ def read_layers(monkeypatch) -> list[int]:
     return read
 
 
+def test_layers_too_many_for_one_chain_are_measured_in_parts_that_read_no_maps(launches, monkeypatch):
+    model = model_of(5)
+    monkeypatch.setattr(layer_geometry, "GRAM_ENTRIES", 2 * 4 * 16**2)  # two layers of two query and two other heads
+    refresh_scales(model)
+    before = [layer.geometry for layer in geoscale_layers(model)]
+    with torch.no_grad():
+        for index, layer in enumerate(geoscale_layers(model)):
+            for p in layer.site.parameters():
+                p.mul_(index + 2)
+    readings = read_layers(monkeypatch)
+    refresh(model, launches)
+    assert not readings
+    assert launches == ["gram_kernel", "norm_bound_kernel", "power_iteration_kernel"] * 3
+    for index, (layer, geometry) in enumerate(zip(geoscale_layers(model), before, strict=True)):
+        grown = (index + 2) ** 2  # weights and gains
+        torch.testing.assert_close(layer.geometry.v_bound, grown * geometry.v_bound, rtol=0.02, atol=0)
+
+
 def test_a_refresh_after_a_step_reads_no_maps(launches, monkeypatch):
     model = model_of(1)
     refresh_scales(model)
