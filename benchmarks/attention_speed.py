@@ -6,7 +6,7 @@ Every implementation runs in this process on the same BF16 tensors. Two bases, m
 JSON): "kernel", operands already in the kernel's own format; "whole", from BF16 q, k, v, dO to BF16 O, dQ, dK, dV, quantisation
 included. TFLOP/s count 2 products forward and 5 backward, of visible logits only. What goes through autograd, as users call it, has
 the second basis only. Each implementation's O, dQ, dK, dV are first compared with exact attention (`speed_gate`); one that is wrong
-is not timed, and the page says so.
+is not timed, and the page says so. Records are written model by model; a run that was cut off continues when called again.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch
 import triton
 from cudnn_fp8 import CudnnFp8, CudnnFp8IdleWindow
 from host import environment
+from records import read
 from rivals import Fa3, Results, Rival, SdpaCudnn, SdpaFlash, Shape
 from speed_gate import correct, draw, quant_scale
 from speed_report import plot, to_markdown
@@ -182,28 +183,46 @@ def time_one(make, shape: Shape) -> tuple[dict[str, list[float]], dict[str, int]
     return times, tried
 
 
-def measure(models: list[str], lengths: list[int]) -> tuple[list[dict], dict[str, dict[str, str]]]:
-    """Rows of times, and by model why an implementation has none."""
+def measure(model: str, lengths: list[int]) -> tuple[list[dict], dict[str, str]]:
+    """Rows of times of a model, and why an implementation has none."""
     rows: list[dict] = []
-    not_timed: dict[str, dict[str, str]] = {}
-    for model in models:
-        heads, kv_heads, dim, window = MODELS[model]
-        print(model, flush=True)
-        allowed, not_timed[model] = correct(Shape(1, 0, heads, kv_heads, dim, window), CONTENDERS)
-        for length in lengths:
-            shape = Shape(max(TOKENS // length, 1), length, heads, kv_heads, dim, window)
-            flops = 4 * shape.batch * heads * visible_logits(shape) * dim
-            for name, errors in allowed.items():
-                try:
-                    times, tried = time_one(CONTENDERS[name], shape)
-                except (NotImplementedError, RuntimeError, ValueError, AssertionError) as error:
-                    print(f"{model} L{length}: {name}: {(str(error).splitlines() or [''])[0][:120]}", flush=True)
-                    continue
-                row = {"model": model, **asdict(shape), "name": name, "forward_flops": flops, "ms": times}
-                rows.append(row | {"gate_errors": errors} | ({"plans_tried": tried} if tried else {}))
-                print(f"{model} L{length}: {name}: { {k: round(v[1], 3) for k, v in times.items()} }", flush=True)
-                torch.cuda.empty_cache()
+    heads, kv_heads, dim, window = MODELS[model]
+    print(model, flush=True)
+    allowed, not_timed = correct(Shape(1, 0, heads, kv_heads, dim, window), CONTENDERS)
+    for length in lengths:
+        shape = Shape(max(TOKENS // length, 1), length, heads, kv_heads, dim, window)
+        flops = 4 * shape.batch * heads * visible_logits(shape) * dim
+        for name, errors in allowed.items():
+            try:
+                times, tried = time_one(CONTENDERS[name], shape)
+            except (NotImplementedError, RuntimeError, ValueError, AssertionError) as error:
+                print(f"{model} L{length}: {name}: {(str(error).splitlines() or [''])[0][:120]}", flush=True)
+                continue
+            row = {"model": model, **asdict(shape), "name": name, "forward_flops": flops, "ms": times}
+            rows.append(row | {"gate_errors": errors} | ({"plans_tried": tried} if tried else {}))
+            print(f"{model} L{length}: {name}: { {k: round(v[1], 3) for k, v in times.items()} }", flush=True)
+            torch.cuda.empty_cache()
     return rows, not_timed
+
+
+def run(arguments: argparse.Namespace) -> list[dict]:
+    """Records of each model: a header with what it ran on, then its rows.
+
+    A model that the output has from the same commit and GPU is skipped; one from elsewhere is replaced once it is measured.
+    """
+    host = environment("transformer_engine", "nvidia-cudnn-frontend")
+    path = arguments.output.with_suffix(".jsonl") if arguments.output else None
+    records = read(path) if path and path.exists() else []
+    for model in arguments.models:
+        before = next((r["environment"] for r in records if r["model"] == model and "environment" in r), None)
+        if before is not None and all(before[key] == host[key] for key in ("gpu", "commit")):
+            continue
+        rows, not_timed = measure(model, arguments.lengths)
+        records = [r for r in records if r["model"] != model]
+        records += [{"model": model, "environment": host, "not_timed": not_timed}, *rows]
+        if path:
+            path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -217,17 +236,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--render", type=Path, help="make table and plot from an earlier .jsonl instead of measuring")
     arguments = parser.parse_args(argv)
     if arguments.render:
-        host, *rows = [json.loads(line) for line in arguments.render.read_text().splitlines()]
+        records = read(arguments.render)
     else:
         cudnn_fp8.PLANS = arguments.plans
-        rows, not_timed = measure(arguments.models, arguments.lengths)
-        host = environment("transformer_engine", "nvidia-cudnn-frontend") | {"not_timed": not_timed}
-    table = to_markdown(rows, host)
+        records = run(arguments)
+    table = to_markdown(records)
     print(table)
     if arguments.output:
         arguments.output.with_suffix(".md").write_text(table)
-        arguments.output.with_suffix(".jsonl").write_text("".join(json.dumps(x) + "\n" for x in (host, *rows)))
-        plot(rows, arguments.output.with_suffix(".png"))
+        plot(records, arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def read_lines(name: str) -> list[dict]:
 
 
 def test_the_goals_quoted_in_the_documentation_are_those_of_the_records():
-    _, *rows = read_lines("attention_speed.jsonl")
+    rows = [r for r in read_lines("attention_speed.jsonl") if "environment" not in r]
 
     def found(model: str, length: int, name: str) -> dict:
         return next(r for r in rows if (r["model"], r["length"], r["name"]) == (model, length, name))

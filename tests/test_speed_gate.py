@@ -164,12 +164,28 @@ def test_the_page_says_what_is_not_timed_and_how_many_plans_were_tried(gate, mon
         row | {"length": 128, "plans_tried": {"forward": 1, "backward": 3}},
         row | {"name": "a", "plans_tried": {}},
     ]
-    monkeypatch.setattr(speed, "measure", lambda *_: (rows, {"m": {"theirs": "ImportError: needs it"}}))
-    speed.main(["--output", str(tmp_path / "speed")])
+    measured = []
+    monkeypatch.setattr(speed, "MODELS", {"m": None, "n": None})
+
+    def measure(model, lengths):
+        measured.append(model)
+        return [r | {"model": model} for r in rows], {"theirs": "ImportError: needs it"}
+
+    monkeypatch.setattr(speed, "measure", measure)
+    output = ["--output", str(tmp_path / "speed")]
+    speed.main([*output, "--models", "m"])
+    speed.main(output)
+    assert measured == ["m", "n"]
+    monkeypatch.setenv("GEOSCALE_COMMIT", "another")
+    speed.main([*output, "--models", "m"])
+    assert measured == ["m", "n", "m"]
     page = (tmp_path / "speed.md").read_text()
     assert "| 1 × 64 | cuDNN FP8 | – | – | 2.00 | 5.00 | – | .050 |" in page
     assert "cuDNN FP8: the fastest of its plans at each length, of forward 1–2, backward 3." in page
     assert "Not timed: theirs (ImportError: needs it)." in page
+    assert page.index("**n**") < page.index("**m**")
+    assert "commit another." in page[page.index("**m**") :]
+    assert "commit another." not in page[: page.index("**m**")]
     capsys.readouterr()
     speed.main(["--render", str(tmp_path / "speed.jsonl")])
     assert capsys.readouterr().out.strip() == page.strip()
