@@ -87,10 +87,18 @@ def _are_rows(rows: Tensor, x: Tensor) -> bool:
     if rows.shape != (batch, length, heads * dim) or rows.data_ptr() != x.data_ptr() or rows.dtype != x.dtype:
         return False
     sequence, row, entry = rows.stride()
-    return x.stride() == (sequence, dim * entry, row, entry)
+    strides = (sequence, dim * entry, row, entry)  # where there is one entry only, any
+    return all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), strides, strict=True))
+
+
+def _described(packed: object) -> str:
+    kind = type(packed).__name__
+    return f"a {kind} of {len(packed)}" if isinstance(packed, (tuple, list)) else f"a {kind}"
 
 
 def check_packed(packed: Tensor | tuple[Tensor, Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor) -> None:
+    if not isinstance(packed, (Tensor, tuple)) or (isinstance(packed, tuple) and len(packed) != 3):
+        raise TypeError(f"packed must be a tensor or a tuple of three, got {_described(packed)}")
     if isinstance(packed, tuple):
         for name, rows, x in zip(("query", "key", "value"), packed, (query, key, value), strict=True):
             if not _are_rows(rows, x):

@@ -206,7 +206,7 @@ def backward(
         QUANTIZE_ROWS,
     )  # fmt: skip
     kernels = hopper.launches_for(call, device, counters=gradient_overflow is not None) or launch
-    stored = kernels.heads_stored(call, q8, k8)
+    tiles = kernels.stored_tiles(call, q8, k8)
     padded = _padded(n_queries)
     grad8 = torch.empty_like(q8)
     grad8_columns = torch.empty(batch, heads, dim, padded, dtype=q8.dtype, device=device)
@@ -217,7 +217,7 @@ def backward(
     quantize_gradient_kernel[batch * heads, padded // QUANTIZE_ROWS](
         grad_out, out, shift, row_sum, gradient_range, v_norm_of(counted, batch, kv_heads), q_quant_scale, v_quant_scale, grad8,
         grad8_columns, row_factor, row_delta, group_delta, group_shift, group_ratio, group, *grad_out.stride(), *out.stride(),
-        heads, kv_heads, n_queries, padded, n_groups, softmax_scale, survival, GRADIENT_ROWS, dim, padded_dim, stored > 0,
+        heads, kv_heads, n_queries, padded, n_groups, softmax_scale, survival, GRADIENT_ROWS, dim, padded_dim, tiles is not None,
         QUANTIZE_ROWS,
     )  # fmt: skip
     v8_rows = torch.empty_like(k8)
@@ -226,7 +226,7 @@ def backward(
     residual = residual if high else k8
     transpose_kernel[batch * (heads + 2 * kv_heads), cdiv(max(padded, v8.shape[3]), QUANTIZE_ROWS)](
         q8, k8, residual, v8, q8_columns, k8_columns, residual_columns, v8_rows, batch, heads, kv_heads, n_queries, padded,
-        n_keys, v8.shape[3], dim, padded_dim, high, stored > 0, QUANTIZE_ROWS,
+        n_keys, v8.shape[3], dim, padded_dim, high, tiles is not None, QUANTIZE_ROWS,
     )  # fmt: skip
 
     if packed:
@@ -235,9 +235,9 @@ def backward(
     else:
         dq = _like_heads_inside(q8, q_dtype)
         dk, dv = _like_heads_inside(k8, k_dtype), _like_heads_inside(k8, v_dtype)
-    if stored:
+    if tiles is not None:
         kernels.gradients(
-            call, stored, q8, q8_columns, k8, k8_columns, v8_rows, grad8, grad8_columns, group_shift, group_delta, group_ratio,
+            call, tiles, q8, q8_columns, k8, k8_columns, v8_rows, grad8, grad8_columns, group_shift, group_delta, group_ratio,
             row_factor, group, dq, dk, dv,
         )  # fmt: skip
     else:

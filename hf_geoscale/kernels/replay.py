@@ -238,7 +238,12 @@ def repeated(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tens
         signature, addresses = _signature(inputs)
         plan = plans.get(signature, 0)
         if isinstance(plan, Plan):
-            return run(*inputs) if any(plan.hooks) else plan.run(addresses)
+            if any(plan.hooks):
+                return run(*inputs)
+            try:
+                return plan.run(addresses)
+            except torch.OutOfMemoryError:  # of its allocations, which come first; as written a pass may do with less
+                return run(*inputs)
         if plan >= ATTEMPTS:
             return run(*inputs)
         outputs, made = _record(run, inputs)

@@ -27,7 +27,7 @@ def start_over(statistics: Sequence[AttentionStatistics]) -> None:
     overflow = calls[..., :OVERFLOW].clone(memory_format=torch.contiguous_format).view(torch.int64).sum(1)
     amax = calls[..., OVERFLOW : OVERFLOW + sum(counts)].amax(1)
     earlier = statistics[0].earlier
-    if earlier is not None and earlier.counts == counts and all(s.is_row(earlier, i) for i, s in enumerate(statistics)):
+    if earlier is not None and earlier.has_rows_of(statistics, counts, device):
         earlier.add(overflow, amax)
     else:
         earlier = Earlier(overflow, amax, counts)

@@ -1,6 +1,6 @@
 """What an attention call saw: overflow counts and the share of each range in use. Tensors, so that no call waits for a GPU."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ CASTS_KEPT = 32
 """Calls whose counts are added up together."""
 
 
+def _stream(device: torch.device) -> int:
+    """The current stream's handle."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 class Earlier:
     """What calls of several layers counted before their statistics started over (`shared_counters`): a row a layer."""
 
@@ -19,6 +24,14 @@ class Earlier:
         self.overflow = overflow  # (L, 4) int64
         self.amax = amax  # (L, Hq + 2·Hkv) in FP8 units
         self.counts = counts
+
+    def has_rows_of(
+        self, statistics: Sequence["AttentionStatistics"], counts: tuple[int, int, int], device: torch.device
+    ) -> bool:
+        """Whether these are all its rows, in order, and it can take counts from this device."""
+        if (self.overflow.shape[0], self.overflow.device, self.counts) != (len(statistics), device, counts):
+            return False
+        return all(s.is_row(self, row) for row, s in enumerate(statistics))
 
     def add(self, overflow: Tensor, amax: Tensor) -> None:
         self.overflow = self.overflow + overflow
@@ -53,13 +66,13 @@ class AttentionStatistics:
         self._amax: Tensor | None = None  # of q, k and v in FP8 units: what `_range_used` is still to be told
         self._latest_casts: Tensor | None = None
         self._counts: tuple[int, int, int] = (0, 0, 0)  # heads of q, k and v in all of these
-        self.earlier: Earlier | None = (
-            None  # calls before `start_over`, if they were counted together, and the row of these
-        )
-        self._row = 0
+        self.earlier: Earlier | None = None  # calls before `start_over`, if they were counted together
+        self._row = 0  # of these
         self._untaken = False  # whether ranges are in that row
         self._earlier_ranges: dict[str, Tensor] = {}  # those that are not
-        self._spare: Tensor | None = None  # zeros for the next call's counters
+        self._spare: tuple[Tensor, int] | None = (
+            None  # zeros for the next call's counters, and the stream they are from
+        )
         self.logit_amax: Tensor | None = None
         self._gradient_overflow: Tensor | None = None
 
@@ -115,20 +128,24 @@ class AttentionStatistics:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None  # a graph would write to them ever after
         self._spare = None
-        return spare if spare.shape[0] == length and spare.device == device else None
+        zeros, stream = spare
+        return zeros if zeros.shape[0] == length and zeros.device == device and stream == _stream(device) else None
 
     def hand_over(self, earlier: Earlier, row: int, spare: Tensor) -> None:
         """Leave the buffers of calls, which `earlier` has taken up, for one of zeros."""
         if not self.is_row(earlier, row):
             self._leave_row()
-        self.earlier, self._row, self._untaken, self._spare = earlier, row, True, spare
+        self.earlier, self._row, self._untaken = earlier, row, True
+        self._spare = spare, _stream(spare.device)
         self._casts, self._ranged, self._latest, self._latest_casts = [], 0, {}, None
         self.logit_amax = None
 
     def keep_earlier(self) -> None:
         """Set `range_used`, which `fold_ranges` has brought up to date, aside for `take_earlier`, without other layers."""
+        self._fold_casts()
         _widen(self._earlier_ranges, self._range_used)
         self._range_used, self.logit_amax, self._spare = {}, None, None
+        self._latest, self._latest_casts = {}, None
 
     def take_earlier(self) -> dict[str, Tensor]:
         """Shares of the range, by operand, that calls before `start_over` used, since this was asked last."""

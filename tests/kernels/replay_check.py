@@ -89,7 +89,7 @@ def attend(
         options["logit_quant_scale"] = draw(counts[0], dtype=torch.float32)
     options["statistics"] = AttentionStatistics(observe_logits=observe) if count else None
     if ready:
-        options["statistics"]._spare = torch.zeros(length_of(2, 4, 2, True, observe), dtype=torch.float32)
+        options["statistics"]._spare = torch.zeros(length_of(2, 4, 2, True, observe), dtype=torch.float32), 0
     before = len(passes)
     out = fp8_attention(*operands, backend="triton", **options)
     out.backward(draw(*out.transpose(1, 2).shape).to(out.dtype).transpose(1, 2))

@@ -65,3 +65,15 @@ def test_tensors_that_the_operands_are_no_views_of_are_named():
         fp8_attention(rows[0].view(2, 4, 70, 32), *views[1:], packed=rows, **s)
     with pytest.raises(ValueError, match=r"key must be a view"):
         fp8_attention(*views, packed=(rows[0], rows[1][:, :35], rows[2]), **s)
+    for wrong, said in (([*rows], "a list of 3"), ((rows[0], rows[1]), "a tuple of 2"), (3, "a int")):
+        with pytest.raises(TypeError, match=f"packed must be a tensor or a tuple of three, got {said}"):
+            fp8_attention(*views, packed=wrong, **s)
+
+
+def test_one_sequence_cut_from_a_longer_one_is_a_view_of_its_rows():
+    """Strides of a dimension of one entry mean nothing, and `view` recomputes them."""
+    rows = tuple(torch.randn(1, 90, n, dtype=torch.bfloat16)[:, :70] for n in (128, 64, 64))
+    views = [x.view(1, 70, -1, 32).transpose(1, 2) for x in rows]
+    assert views[0].stride(0) != rows[0].stride(0)
+    out = fp8_attention(*views, packed=rows, backend="reference", **scales(*views))
+    assert torch.equal(out, fp8_attention(*views, backend="reference", **scales(*views)))

@@ -243,6 +243,42 @@ class TestStartOver:
         assert list(group[1].overflows_by_operand.values()) == overflows(1, 10)
         assert taken(group[0]) == shares(0)
 
+    @pytest.mark.parametrize("left", [1, 2])
+    def test_the_first_layers_may_be_all_that_start_over(self, left):
+        group = [AttentionStatistics() for _ in range(3)]
+        self.call(group, 0)
+        start_over(group)
+        self.call(group[:left], 1)
+        start_over(group[:left])
+        self.call(group, 2)
+        start_over(group)
+        for i, s in enumerate(group):
+            turns = (0, 10, 20) if i < left else (0, 20)
+            seeds = [turn + i for turn in turns]
+            assert taken(s) == shares(*seeds)
+            assert list(s.overflows_by_operand.values()) == overflows(*seeds)
+
+    def test_counts_from_another_device_begin_anew(self):
+        group = self.group()
+        self.call(group, 0)
+        start_over(group)
+        earlier = group[0].earlier
+        earlier.overflow = earlier.overflow.to("meta")  # as if the layers had been there
+        assert not earlier.has_rows_of(group, COUNTS, CPU)
+        assert earlier.has_rows_of(group, COUNTS, torch.device("meta"))
+
+    def test_a_reading_before_does_not_keep_calls_from_being_counted_together(self):
+        group = self.group()
+        self.call(group, 0)
+        assert group[0].range_used
+        start_over(group)
+        assert group[0].latest == {}
+        self.call(group, 1)
+        start_over(group)
+        assert group[0].buffer(len(cast(0)), CPU) is not None
+        assert [taken(s) for s in group] == [shares(0, 10), shares(1, 11)]
+        assert list(group[0].overflows_by_operand.values()) == overflows(0, 10)
+
     def test_a_copy_counts_for_itself(self):
         group = self.group()
         self.call(group, 0)

@@ -56,8 +56,9 @@ hopper.launch.forward(call, q8, k8, None, k8_columns, out, rows, rows, None, Non
 hopper.launch.query_gradient(call, q8, k8, k8_columns, None, None, k8, q8, rows, rows, rows, group, None, out)
 hopper.launch.key_gradient(call, q8, q8_columns, k8, None, k8, q8, q8_columns, rows, rows, group, dk, dk)
 call = Call(*scales, None, None, 0.125, True, window, 0.0, False, dim, hadamard_signs(128, 16, key_range.device), 16)
+tiles = hopper.launch.stored_tiles(call, q8, k8)
 hopper.launch.gradients(
-    call, 2, q8, q8_columns, k8, k8_columns, k8, q8, q8_columns, rows, rows, rows, rows, group, out, dk, dk
+    call, tiles, q8, q8_columns, k8, k8_columns, k8, q8, q8_columns, rows, rows, rows, rows, group, out, dk, dk
 )
 """
 

@@ -137,6 +137,20 @@ class TestRepeated:
             assert call(torch.ones(3))[0].tolist() == [2, 2, 2]
         assert (self.ran, len(attempts)) == (5, replay.ATTEMPTS)
 
+    def test_those_that_lack_memory_do(self, followed):
+        from hf_geoscale.kernels import replay
+
+        def without_memory():
+            raise torch.OutOfMemoryError
+
+        call, plans = self.passes()
+        call(torch.ones(3), 1)
+        (plan,) = plans.values()
+        assert isinstance(plan, replay.Plan)
+        plan.makers[0] = without_memory
+        assert call(torch.ones(3), 1)[0].shape == (3,)
+        assert self.ran == 2
+
     def test_all_do_where_somebody_listens_to_launches(self, followed):
         from triton import knobs
 

@@ -125,7 +125,7 @@ def multiply_tiles(
     unused = gl.zeros([ROWS, BM], gl.float32, S)
     dk_unit, dv_unit = 1.0, 1.0
     mbarrier.wait(held, 0)
-    turn = 0
+    turn, n_stored = 0, 0
     for i_head in range(first_head, first_head + heads):
         factor = logit_factor(p_q_quant_scale, p_k_quant_scale, i_head % n_heads, kv_head, softmax_scale)
         for group in range(block_start // GROUP, gl.cdiv(block_stop, GROUP)):
@@ -171,7 +171,8 @@ def multiply_tiles(
                         i_head - first_head_stored, start_row // ROWS, start_key // ROWS, gl.cdiv(n_queries, ROWS), window, WINDOW
                     )  # fmt: skip
                     ds *= ratio.index(stage).load(ROW)[None, :]
-                    store_transposed(d_stored, buffers.index(WHICH * BUFFERS + turn % BUFFERS), i_tile, ds)
+                    store_transposed(d_stored, buffers.index(WHICH * BUFFERS + n_stored % BUFFERS), i_tile, ds)
+                    n_stored += 1
                 dv, dk = warpgroup_mma_wait(
                     0, deps=[dv, dk]
                 )  # later would be better, but takes more registers than there are

@@ -187,6 +187,19 @@ def heads_stored(call: Call, q8: Tensor, k8: Tensor) -> int:
     return cdiv(batch * kv_heads, cdiv(batch * kv_heads, most)) if most else 0
 
 
+def stored_tiles(call: Call, q8: Tensor, k8: Tensor) -> Tensor | None:
+    """Memory for the dS8 of `heads_stored` heads, or of fewer where there is less; None where dQ computes its own."""
+    _, heads, length, _ = q8.shape
+    at_once = heads_stored(call, q8, k8)
+    while at_once:
+        size = at_once * _stored_bytes(length, call.window, heads // k8.shape[1])
+        try:
+            return torch.empty(size // ROWS, ROWS, dtype=q8.dtype, device=q8.device)
+        except torch.OutOfMemoryError:
+            at_once //= 2
+    return None
+
+
 def _stored_bytes(length: int, window: int, heads: int) -> int:
     """Of the tiles that `logit_gradient.tile_number` counts."""
     tiles = cdiv(length, ROWS)
@@ -195,15 +208,16 @@ def _stored_bytes(length: int, window: int, heads: int) -> int:
 
 
 def gradients(
-    call: Call, at_once: int, q8, q8_columns, k8, k8_columns, v8, grad8, grad8_columns, group_shift, group_delta, group_ratio,
+    call: Call, tiles: Tensor, q8, q8_columns, k8, k8_columns, v8, grad8, grad8_columns, group_shift, group_delta, group_ratio,
     row_factor, group, dq, dk, dv,
 ) -> None:  # fmt: skip
-    """dQ, dK and dV of `at_once` key/value heads at a time: the kernel of dK and dV stores their dS8, which that of dQ reads."""
+    """dQ, dK and dV of as many key/value heads at a time as `tiles` (of `stored_tiles`) holds: the kernel of dK and dV stores
+    their dS8 there, and that of dQ reads it.
+    """
     batch, heads, length, _ = q8.shape
     kv_heads, dim = k8.shape[1], call.padded_dim
     per_kv, ring = heads // kv_heads, TABLE[dim].query_product
-    rows = _stored_bytes(length, call.window, at_once * per_kv) // ROWS
-    tiles = torch.empty(rows, ROWS, dtype=q8.dtype, device=q8.device)
+    at_once = tiles.numel() // _stored_bytes(length, call.window, per_kv)
     for first in range(0, batch * kv_heads, at_once):
         count = min(at_once, batch * kv_heads - first)
         _key_gradient(

@@ -79,7 +79,7 @@ def round_pairs(x, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def store_transposed(d_stored, buffer, i_tile, x):
-    """Start storing an accumulator tile (64 keys, 64 rows) as E4M3, row by row; buffers take turns."""
+    """Start storing an accumulator tile (64 keys, 64 rows) as E4M3, row by row. Buffers take turns, store by store."""
     tma.store_wait(pendings=BUFFERS - 1)
     buffer.permute((1, 0)).store(round_pairs(x, ROWS))
     fence_async_shared()
