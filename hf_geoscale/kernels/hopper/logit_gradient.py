@@ -114,9 +114,8 @@ def load_tiles(
         load_tile(d_k_columns, [i_kv * D, key_tile * ROWS], here, k_columns.index(stage))
         for i in gl.static_range(CONSUMERS):
             row_tile = min(first_tile + i, n_tiles - 1)
-            stored = min(
-                max(key_tile, row_tile - band + 1), row_tile
-            )  # another one in place of what its rows do not see
+            # one that was stored, in place of one that no row sees
+            stored = min(max(key_tile, row_tile - band + 1), row_tile)
             i_tile = tile_number(i_stored, row_tile, stored, n_tiles, window, WINDOW)
             load_tile(d_stored, [i_tile * ROWS, 0], here, ds.index(stage * CONSUMERS + i))
         turn += 1  # noqa: SIM113 - Gluon has no enumerate
