@@ -14,12 +14,11 @@ from .shared import (
     heaviest_first,
     load_tile,
     logit_factor,
-    mix,
     operand,
     query_span,
     ring_barriers,
     skip_tiles,
-    store_rotated_back,
+    store_gradient,
     store_tile,
     wait_free,
     wait_ready,
@@ -181,18 +180,11 @@ def multiply_tiles(
             turn = skip_tiles(ready, free, turn, end, high, BM, STAGES)
     if STORED:
         wait_stored()
-    stride_b, stride_h, stride_l, cos_b, cos_l = strides
+    stride_b, stride_h, stride_l, _, _ = strides
     dv *= dv_unit
     store_tile(p_dv, dv, batch, kv_head, start_key, n_keys, stride_b, stride_h, stride_l, D, DP)
     dk *= dk_unit
-    if MIX:
-        dk = mix(dk, signs.index(0), DP, MIX)
-    if TURNED:
-        store_rotated_back(
-            p_dk, dk, p_cos, p_sin, batch, kv_head, start_key, n_keys, stride_b, stride_h, stride_l, cos_b, cos_l, D
-        )
-    else:
-        store_tile(p_dk, dk, batch, kv_head, start_key, n_keys, stride_b, stride_h, stride_l, D, DP)
+    store_gradient(p_dk, dk, signs, p_cos, p_sin, batch, kv_head, start_key, n_keys, strides, D, DP, MIX, TURNED)
 
 
 @DirectKernel

@@ -24,12 +24,11 @@ from .shared import (
     allocate,
     heaviest_first,
     load_tile,
-    mix,
+    query_gradient_unit,
     ring_barriers,
     skip_tiles,
     start_store,
-    store_rotated_back,
-    store_tile,
+    store_gradient,
     wait_free,
     wait_ready,
 )
@@ -152,20 +151,13 @@ def multiply_tiles(
     skip_tiles(ready, free, turn, stop, block_stop, 1, STAGES)
     rows = start_row + gl.arange(0, ROWS, gl.SliceLayout(1, accumulator(DP)))
     row_factor = gl.load(p_row_factor + i_head.to(gl.int64) * n_queries + rows, mask=rows < n_queries, other=1.0)
-    i_group = i_head * n_groups + min(start_row // GROUP, n_groups - 1)  # rows past the last are not stored
-    unit = softmax_scale / 256 * gl.load(p_group + i_group * 4 + 3)
-    unit = unit / gl.load(p_k_quant_scale + kv_head) / gl.load(p_v_quant_scale + kv_head)
+    unit = query_gradient_unit(
+        p_k_quant_scale, p_v_quant_scale, p_group, i_head, kv_head, start_row, n_groups, softmax_scale, GROUP
+    )
     dq *= (unit / row_factor)[:, None]
     if MIX:
         mbarrier.wait(held, 0)
-        dq = mix(dq, signs.index(0), DP, MIX)
-    stride_b, stride_h, stride_l, cos_b, cos_l = strides
-    if TURNED:
-        store_rotated_back(
-            p_dq, dq, p_cos, p_sin, batch, head, start_row, n_queries, stride_b, stride_h, stride_l, cos_b, cos_l, D
-        )
-    else:
-        store_tile(p_dq, dq, batch, head, start_row, n_queries, stride_b, stride_h, stride_l, D, DP)
+    store_gradient(p_dq, dq, signs, p_cos, p_sin, batch, head, start_row, n_queries, strides, D, DP, MIX, TURNED)
 
 
 @DirectKernel

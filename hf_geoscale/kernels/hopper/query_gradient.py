@@ -14,13 +14,12 @@ from .shared import (
     key_span,
     load_tile,
     logit_factor,
-    mix,
     operand,
+    query_gradient_unit,
     ring_barriers,
     row_bounds,
     skip_tiles,
-    store_rotated_back,
-    store_tile,
+    store_gradient,
     wait_free,
     wait_ready,
 )
@@ -110,19 +109,11 @@ def multiply_tiles(
         mbarrier.arrive(free.index(stage), count=1)
         turn += 1
     skip_tiles(ready, free, turn, max(stop, block_start), block_stop, BN, STAGES)
-    i_group = i_head * n_groups + min(start_row // GROUP, n_groups - 1)  # rows past the last are not stored
-    unit = softmax_scale / 256 * gl.load(p_group + i_group * 4 + 3)
-    unit = unit / gl.load(p_k_quant_scale + kv_head) / gl.load(p_v_quant_scale + kv_head)
+    unit = query_gradient_unit(
+        p_k_quant_scale, p_v_quant_scale, p_group, i_head, kv_head, start_row, n_groups, softmax_scale, GROUP
+    )
     dq *= gl.convert_layout(unit / row_factor, gl.SliceLayout(1, accumulator(DP)))[:, None]
-    if MIX:
-        dq = mix(dq, signs.index(0), DP, MIX)
-    stride_b, stride_h, stride_l, cos_b, cos_l = strides
-    if TURNED:
-        store_rotated_back(
-            p_dq, dq, p_cos, p_sin, batch, head, start_row, n_queries, stride_b, stride_h, stride_l, cos_b, cos_l, D
-        )
-    else:
-        store_tile(p_dq, dq, batch, head, start_row, n_queries, stride_b, stride_h, stride_l, D, DP)
+    store_gradient(p_dq, dq, signs, p_cos, p_sin, batch, head, start_row, n_queries, strides, D, DP, MIX, TURNED)
 
 
 @DirectKernel

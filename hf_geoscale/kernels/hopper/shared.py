@@ -170,6 +170,37 @@ def store_rotated_back(
 
 
 @gluon.jit
+def store_gradient(
+    p, x, signs, p_cos, p_sin, batch, head, start, n_rows, strides, D: gl.constexpr, DP: gl.constexpr, MIX: gl.constexpr,
+    TURNED: gl.constexpr,
+):  # fmt: skip
+    """Store a gradient accumulator (64, DP) of q or k: mixed back, and with TURNED turned back through RoPE.
+
+    Args:
+        strides: of p along sequences, heads and rows, of p_cos and p_sin along sequences and rows.
+    """
+    stride_b, stride_h, stride_l, cos_b, cos_l = strides
+    if MIX:
+        x = mix(x, signs.index(0), DP, MIX)
+    if TURNED:
+        store_rotated_back(
+            p, x, p_cos, p_sin, batch, head, start, n_rows, stride_b, stride_h, stride_l, cos_b, cos_l, D
+        )
+    else:
+        store_tile(p, x, batch, head, start, n_rows, stride_b, stride_h, stride_l, D, DP)
+
+
+@gluon.jit
+def query_gradient_unit(
+    p_k_quant_scale, p_v_quant_scale, p_group, i_head, kv_head, start_row, n_groups, softmax_scale, GROUP: gl.constexpr
+):  # fmt: skip
+    """What a dQ accumulator of rows from `start_row` counts in, times their row factors."""
+    i_group = i_head * n_groups + min(start_row // GROUP, n_groups - 1)  # rows past the last are not stored
+    unit = softmax_scale / 256 * gl.load(p_group + i_group * 4 + 3)
+    return unit / gl.load(p_k_quant_scale + kv_head) / gl.load(p_v_quant_scale + kv_head)
+
+
+@gluon.jit
 def block_of_rows(
     p_range, n_heads, n_queries, n_keys, window, BN: gl.constexpr, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr, RANGES: gl.constexpr,
