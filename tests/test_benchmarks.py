@@ -37,6 +37,28 @@ def test_the_goals_quoted_in_the_documentation_are_those_of_the_records():
     ratios = [ratio(m, n) for m in ("Llama-3-8B", "Llama-3.2-1B") for n in (16384, 4096)]
     assert quoted == [*ratios, ratio("Llama-3-8B", 16384, "cuDNN FP8"), *speeds]
     assert f"but {ratio('Llama-3-8B', 16384, 'cuDNN FP8, idle window')} against" in table
+    grouped = [float(ratio(m, n)) for m in ("Llama-3-8B", "Llama-3.2-1B") for n in (4096, 16384, 32768)]
+    alone = [float(ratio("GPT-2 XL", n)) for n in (4096, 16384, 32768)]
+    speed = f"{min(grouped):.2f} to {max(grouped):.2f} × on one H100 from 4,096 tokens on with grouped"
+    assert speed in readme()
+    assert f"{min(alone):.2f} to {max(alone):.2f} × without grouping" in readme()
+    took = [
+        found("Llama-3-8B", n, name)["ms"]["whole both"][1]
+        for n, name in (
+            *((16384, "cuDNN FP8"), (16384, "cuDNN FP8, idle window"), (32768, "cuDNN FP8")),
+            *((32768, "cuDNN FP8, idle window"), (32768, "hf_geoscale FP8")),
+        )
+    ]
+    words = " ".join(text.split())
+    for said in (
+        *(
+            "take {:.1f} ms at 16,384",
+            '{1:.1f} ms (the rows "idle window")',
+            "{2:.1f} and {3:.1f} ms, against our {4:.1f}",
+        ),
+        "attention is about {4:.1f} ms",
+    ):
+        assert said.format(*took) in words
 
 
 @pytest.mark.parametrize("name", ["transients", "transients_loading"])
@@ -177,6 +199,12 @@ def test_costs_quoted_are_those_of_their_records():
     ours = [(m, n) for m, n, contender in rows if contender == "hf_geoscale"]
     shares = [100 * median(m, n, "hf_geoscale", "refresh") / median(m, n, "hf_geoscale") for m, n in ours]
     assert f"takes {min(shares):.2f} to {max(shares):.2f} % of a step" in kernels
+    exact = median("Llama-3-8B", 8192, "SDPA cuDNN") / median("Llama-3-8B", 8192, "hf_geoscale")
+    assert f"which without is {exact:.4f}" in kernels
+    window = median("Mistral-7B", 16384, "SDPA cuDNN") / median("Mistral-7B", 16384, "hf_geoscale")
+    assert f"4,096 at 16,384 tokens: {window:.2f}" in kernels
+    peaks = [rows["Llama-3-8B", 2048, c]["times"]["peak_bytes"] for c in ("hf_geoscale", "SDPA cuDNN")]
+    assert f"{(peaks[0] - peaks[1]) / 1e6:.3f} MB above" in kernels
     layers = [
         median("Llama-3-8B", 32768, c) / rows["Llama-3-8B", 32768, c]["layers"] for c in ("SDPA cuDNN", "hf_geoscale")
     ]

@@ -41,6 +41,23 @@ others = {"keys": 5000}, {"causal": False}, {"ranges": torch.ones(1)}
 print([heads_stored(length, window=4096) for length in (4096, 32768, 131072)])
 print([heads_stored(4096, **other) for other in others])
 
+from types import FunctionType
+from hf_geoscale.kernels.hopper import logit_gradient
+names = {"ROWS": 64}
+for name in ("tiles_of_row", "tile_number"):  # integers here as in the kernels
+    names[name] = FunctionType(getattr(logit_gradient, name).fn.__code__, names)
+wrong = []
+for length in (1, 64, 65, 700, 1088):
+    tiles = -(-length // 64)
+    for window in (0, 1, 63, 64, 65, 66, 129, 300, length):
+        size = hopper.launch._stored_bytes(length, window, 3) // 64**2
+        seen = {(row // 64, key // 64) for row in range(0, length) for key in {row, max(row - window + 1, 0) if window else 0}}
+        seen = {(r, k) for r, least in {r: min(k for s, k in seen if s == r) for r, _ in seen}.items() for k in range(least, r + 1)}
+        found = [names["tile_number"](head, r, k, tiles, window, window > 0) for head in range(3) for r, k in seen]
+        if len(set(found)) < len(found) or not 0 <= min(found) <= max(found) < size:
+            wrong.append((length, window))
+print(wrong)
+
 allocated, empty = [], torch.empty
 
 
@@ -72,7 +89,8 @@ def test_heads_are_stored_while_memory_is_little_beside_the_queries():
     if done.stderr.startswith("skip: "):
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr[-2000:]
-    *found, roomy, short, full = done.stdout.splitlines()
+    *found, wrong, roomy, short, full = done.stdout.splitlines()
+    assert wrong == "[]", f"tiles share a place or lie outside for (length, window) in {wrong}"
     head = 4 * 3 * 64 * 64  # three tiles of four query heads
     assert roomy == f"[{8 * head // 64}, 64] [{8 * head}]"
     assert short == f"[{2 * head // 64}, 64] [{8 * head}, {4 * head}, {2 * head}]"
