@@ -10,14 +10,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.checks import SMALLEST_NORMAL
 from ..kernels.qk_norm import QKNorm, rms_norm
 from ..kernels.rotary import rotate
 from .layer import GeoScaleLayer
+from .projections import is_bare, project
 
 NAME = "geoscale"
 """The attention implementation's name in transformers, on the attention and on the mask interface."""
@@ -50,8 +50,6 @@ def _halves(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]
 _RMS_NORMS = frozenset(("Qwen3RMSNorm", "Qwen3MoeRMSNorm", "Dots1RMSNorm", "MellumRMSNorm"))
 """Classes whose forward is `kernels.qk_norm.rms_norm`."""
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def _is_plain_norm(norm: Any) -> bool:
     """Whether a call of this module runs transformers' own forward of an RMS norm and nothing around it, hook or wrapper."""
@@ -60,10 +58,7 @@ def _is_plain_norm(norm: Any) -> bool:
         kind.__name__ in _RMS_NORMS
         and kind.__module__.startswith("transformers.")
         and _origin(kind.forward).startswith("transformers.")
-        and "forward" not in norm.__dict__
-        and not any(getattr(norm, hooks) for hooks in _HOOKS)
-        and not _has_any_global_hook()
-        and type(norm.weight) in (Tensor, nn.Parameter)  # no part of a sharded one
+        and is_bare(norm)
     )
 
 
@@ -116,7 +111,7 @@ class LlamaForward(FusedForward):
     def fused(self, hidden_states: Tensor, past: Any, **kwargs) -> Tensor:
         module, mask = self.attention, kwargs.pop("attention_mask", None)
         shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-        rows: Any = module.q_proj(hidden_states), module.k_proj(hidden_states), module.v_proj(hidden_states)
+        rows: Any = project(hidden_states, (module.q_proj, module.k_proj, module.v_proj))
         query, key, value = rows[0].view(shape), rows[1].view(shape), rows[2].view(shape)
         qk_norm = None
         if hasattr(module, "q_norm"):

@@ -1,0 +1,74 @@
+"""Projections of queries, keys and values whose gradients of the hidden states are added up inside the matrix products.
+
+Autograd gives the hidden states one gradient a projection, and adds them in two passes over memory.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.nn.modules.module import _has_any_global_hook
+
+
+def is_bare(module: Any) -> bool:
+    """Whether a call of this module runs its class's forward and nothing around it, and its weight is no part of a sharded one."""
+    own = module.__dict__
+    return not (
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or type(own["_parameters"].get("weight")) not in (Tensor, nn.Parameter)
+        or _has_any_global_hook()
+    )
+
+
+class _Projections(torch.autograd.Function):
+    """x Wᵀ + b of several W, b, each (…, N): of (x, W, b, W, b, …)."""
+
+    @staticmethod
+    def forward(ctx, hidden_states: Tensor, *parameters):
+        ctx.save_for_backward(hidden_states, *parameters[::2])
+        return tuple([linear(hidden_states, *parameters[i : i + 2]) for i in range(0, len(parameters), 2)])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        hidden_states, *weights = ctx.saved_tensors
+        rows, needed = hidden_states.flatten(0, -2), ctx.needs_input_grad
+        total, of_parameters = None, []
+        for i, weight in enumerate(weights):
+            grad = grads[i].flatten(0, -2)
+            if needed[0]:
+                total = grad @ weight if total is None else total.addmm_(grad, weight)
+            of_parameters.append(grad.T @ rows if needed[2 * i + 1] else None)
+            of_parameters.append(grad.sum(0) if needed[2 * i + 2] else None)
+        return None if total is None else total.view(hidden_states.shape), *of_parameters
+
+
+def project(
+    hidden_states: Tensor,  # (B, L, d)
+    modules: Sequence[nn.Module],
+) -> tuple[Tensor, ...]:
+    """Each module's output, (B, L, N). Modules that are more than linear layers are called, one by one."""
+    if not _together(hidden_states, modules):
+        return tuple([module(hidden_states) for module in modules])
+    parameters: list[Tensor | None] = []
+    for module in modules:
+        own = module._parameters
+        parameters += own["weight"], own["bias"]
+    return _Projections.apply(hidden_states, *parameters)
+
+
+def _together(hidden_states: Tensor, modules: Sequence[nn.Module]) -> bool:
+    """Whether nothing but autograd has to see the products: no adapter, hook, quantisation, autocast or compiler."""
+    if not hidden_states.requires_grad or type(hidden_states) is not Tensor or torch.compiler.is_compiling():
+        return False
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_states.device.type):
+        return False
+    for module in modules:  # noqa: SIM110 - a generator costs a call a module
+        if type(module) is not nn.Linear or not is_bare(module):
+            return False
+    return True
