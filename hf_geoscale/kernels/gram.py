@@ -15,9 +15,12 @@ from .launcher import DirectKernel
 DIM_MAX = 128
 """Most rows of a Gram matrix: two float32 accumulators of 256 × 256 do not fit the registers."""
 
-BLOCK = 64
-"""Columns read at a time. Of 32, 64 and 128 the best at D 64 on one H100; at D 128, 128 is 6 % faster there, but
-takes more shared memory than other GPUs have."""
+BLOCKS = 128, 64
+"""Columns read at a time: the first that the shared memory has room for. For 1,536 BF16 heads of 128 × 4,096 on one H100 0.73 and
+0.83 ms (0.95 with 32), for 768 of 64 × 2,048 0.091 and 0.101 ms."""
+
+TILES = 4
+"""In shared memory: two under way, and the scaled one as either operand of its product."""
 
 CAPABILITY_WITH_BF16 = (8, 0)
 """First CUDA compute capability whose matrix units multiply BF16."""
@@ -32,12 +35,18 @@ Rows = tuple[Tensor, Tensor | None, int]  # (H, D, d), factors of the columns (d
 
 @triton.jit
 def _round_to_bfloat16(x):
-    """To nearest, ties to even."""
+    """To nearest, ties to even.
+
+    In an instruction that the compiler knows nothing of: so a scaled tile reaches both operands of its product through shared
+    memory. Otherwise it is scaled twice, once as read in the order of an operand, eight threads to a bank.
+    """
     if IN_INTERPRETER:
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
-        x = x.to(tl.bfloat16)
+        x = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=False, pack=2
+        )
     return x
 
 
@@ -105,6 +114,21 @@ def can_read(weight: Tensor, factors: Tensor | None) -> bool:
     return factors is None or (factors.dtype in _TYPES and factors.is_contiguous() and factors.device == weight.device)
 
 
+def block_of(dim: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Columns that `gram_kernel` reads at a time; 32-bit rows take the fewer, being untimed with more."""
+    if INTERPRETED or dtype.itemsize > 2:
+        return BLOCKS[-1]
+    padded = shape_of(dim)["DP"]
+    return next((b for b in BLOCKS if TILES * padded * b * dtype.itemsize < _shared_memory(device)), BLOCKS[-1])
+
+
+@lru_cache
+def _shared_memory(device: torch.device) -> int:
+    """Most bytes that a program may have."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
 @lru_cache
 def shape_of(dim: int) -> dict[str, int]:
     """Compile-time arguments and warps of a program that holds D × D matrices in registers."""
@@ -117,7 +141,7 @@ class Tables(NamedTuple):
 
     device: torch.device
     stream: int  # whose launches follow the upload
-    launches: list[tuple[Tensor, tuple[int, int, int], dict[str, Any]]]  # (N, 3) int64; width and strides; types
+    launches: list[tuple[Tensor, tuple[int, int, int], dict[str, Any]]]  # (N, 3) int64; width and strides; constants
 
 
 def grams(
@@ -138,23 +162,24 @@ def grams_of(tables: Tables, out: Tensor, part: int) -> None:
     shape = shape_of(out.shape[-1])
     with torch.cuda.device_of(out):
         for table, layout, types in tables.launches:
-            gram_kernel[(len(table),)](table, out, *layout, **types, **shape, PART=part, BLOCK=BLOCK)
+            gram_kernel[(len(table),)](table, out, *layout, **types, **shape, PART=part)
 
 
 def tables(rows: Sequence[Rows], device: torch.device) -> Tables:
     """What `grams_of` needs to know of these; one launch for each width, layout and types."""
     kinds: dict[tuple, list[tuple[int, ...]]] = {}
     for weight, factors, place in rows:
-        heads, _, width = weight.shape
+        heads, dim, width = weight.shape
         stride_h, *strides = weight.stride()
-        kind = (width, *strides, weight.dtype, None if factors is None else factors.dtype)
+        kind = (width, *strides, dim, weight.dtype, None if factors is None else factors.dtype)
         address = 0 if factors is None else factors.data_ptr()
         step = stride_h * weight.element_size()
         kinds.setdefault(kind, []).append((weight.data_ptr(), step, heads, address, place))
     stream, launches = _stream(device), []
-    for (*layout, dtype, factor_type), entries in kinds.items():
+    for (*layout, dim, dtype, factor_type), entries in kinds.items():
         table, aligned = _table(tuple(entries), device, stream)
         types = {"TYPE": _TYPES[dtype], "FACTOR": _TYPES.get(factor_type), "ALIGNED": aligned}
+        types["BLOCK"] = block_of(dim, dtype, device)
         launches.append((table, tuple(layout), types))
     return Tables(device, stream, launches)
 

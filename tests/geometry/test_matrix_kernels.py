@@ -238,3 +238,23 @@ def test_large_layers_wait_for_nothing(dim, dtype):
             torch.testing.assert_close(bound, getattr(theirs, f"{name}_bound"), rtol=SAME, atol=0)
             sigma = torch.linalg.svdvals(p.matrix())[:, 0]
             assert (bound >= math.sqrt(p.weight.shape[2]) * sigma * (1 + ROUNDING_MARGIN)).all()
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "kilobytes", "columns"),
+    [
+        (128, torch.bfloat16, 227, 128),
+        (128, torch.float16, 163, 128),
+        (128, torch.bfloat16, 99, 64),
+        (64, torch.bfloat16, 99, 128),
+        (80, torch.bfloat16, 99, 64),
+        (64, torch.bfloat16, 64, 64),
+        (128, torch.float32, 227, 64),
+    ],
+)
+def test_as_many_columns_at_a_time_as_shared_memory_holds(dim, dtype, kilobytes, columns, monkeypatch):
+    from hf_geoscale.kernels import gram
+
+    monkeypatch.setattr(gram, "INTERPRETED", False)
+    monkeypatch.setattr(gram, "_shared_memory", lambda device: kilobytes * 1024)
+    assert gram.block_of(dim, dtype, torch.device("cuda")) == columns
