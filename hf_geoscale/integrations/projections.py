@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 
 def is_bare(module: Any) -> bool:
-    """Whether a call of this module runs its class's forward and nothing around it, and its weight is no part of a sharded one."""
+    """Whether a call of this module runs its class's forward and nothing of its own around it, on a weight that is no shard."""
     own = module.__dict__
     return not (
         "forward" in own
@@ -22,7 +22,6 @@ def is_bare(module: Any) -> bool:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         or type(own["_parameters"].get("weight")) not in (Tensor, nn.Parameter)
-        or _has_any_global_hook()
     )
 
 
@@ -38,13 +37,15 @@ class _Projections(torch.autograd.Function):
     def backward(ctx, *grads):
         hidden_states, *weights = ctx.saved_tensors
         rows, needed = hidden_states.flatten(0, -2), ctx.needs_input_grad
-        total, of_parameters = None, []
-        for i, weight in enumerate(weights):
-            grad = grads[i].flatten(0, -2)
+        total, of_parameters = None, [None] * (len(needed) - 1)
+        for i in range(len(weights) - 1, -1, -1):  # queries, the most heads, last: the least is rounded twice
+            grad, weight = grads[i].flatten(0, -2), weights[i]
             if needed[0]:
                 total = grad @ weight if total is None else total.addmm_(grad, weight)
-            of_parameters.append(grad.T @ rows if needed[2 * i + 1] else None)
-            of_parameters.append(grad.sum(0) if needed[2 * i + 2] else None)
+            if needed[2 * i + 1]:
+                of_parameters[2 * i] = grad.T @ rows
+            if needed[2 * i + 2]:
+                of_parameters[2 * i + 1] = grad.sum(0)
         return None if total is None else total.view(hidden_states.shape), *of_parameters
 
 
@@ -66,7 +67,7 @@ def _together(hidden_states: Tensor, modules: Sequence[nn.Module]) -> bool:
     """Whether nothing but autograd has to see the products: no adapter, hook, quantisation, autocast or compiler."""
     if not hidden_states.requires_grad or type(hidden_states) is not Tensor or torch.compiler.is_compiling():
         return False
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_states.device.type):
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_states.device.type) or _has_any_global_hook():
         return False
     for module in modules:  # noqa: SIM110 - a generator costs a call a module
         if type(module) is not nn.Linear or not is_bare(module):
