@@ -162,6 +162,25 @@ def test_a_refresh_after_a_step_reads_no_maps(launches, monkeypatch):
         assert not torch.equal(getattr(steady, name), getattr(before, name))
 
 
+def test_another_stream_reads_once_and_uploads_its_own_tables(launches, monkeypatch):
+    """Nothing orders the first stream's upload before a launch on the second."""
+    from hf_geoscale.kernels import gram
+
+    model = model_of(1)
+    refresh_scales(model)
+    readings = read_layers(monkeypatch)
+    refresh_scales(model)
+    assert not readings
+    monkeypatch.setattr(gram, "_stream", lambda device: 7)
+    uploads = gram._table.cache_info().misses
+    refresh_scales(model)
+    assert readings == [0]
+    assert gram._table.cache_info().misses == uploads + 1
+    refresh_scales(model)
+    assert readings == [0]
+    assert gram._table.cache_info().misses == uploads + 1
+
+
 def _with_bias(module: nn.Linear) -> None:
     module.bias = nn.Parameter(torch.ones(module.out_features, dtype=torch.bfloat16))
 

@@ -53,17 +53,18 @@ class Rings:
     forward: Ring
     query_gradient: Ring
     key_gradient: Ring
-    query_product: Ring
-    stores: bool  # whether dQ comes from dS8 in memory, where it can, or always computes its own
 
 
 # padded head dimension → rings, for causal and full attention alike. Right: TFLOP/s of O | dQ | dK and dV, counted as in
 # `tiles.TABLE`: one H100 80 GB HBM3, 2026-11-22, torch 2.11, Triton 3.6, causal, one sequence of 16,384 tokens, 32/8 heads, in
 # sustained runs, where the card slows its clock to stay at 700 W.
 TABLE = {
-    64: Rings(Ring(128, 2, 3), Ring(64, 6, 3), Ring(64, 3, 3), Ring(64, 8, 3), False),  # 588 | 837 | 816
-    128: Rings(Ring(128, 2, 3), Ring(64, 3, 3), Ring(64, 3, 2), Ring(64, 8, 3), True),  # 924 | 1178 | 1000
+    64: Rings(Ring(128, 2, 3), Ring(64, 6, 3), Ring(64, 3, 3)),  # 588 | 837 | 816
+    128: Rings(Ring(128, 2, 3), Ring(64, 3, 3), Ring(64, 3, 2)),  # 924 | 1178 | 1000
 }
+
+QUERY_PRODUCT = {128: Ring(64, 8, 3)}
+"""dQ from dS8 in memory, where that can be. Head dimensions without a shape always compute dS for dQ again: at 64 it is faster."""
 
 STORED_BYTES_PER_ENTRY = 34
 """Most memory for dS8, in bytes per entry of the queries: as 17 tensors like them in BF16. An MLP of Llama's keeps 14."""
@@ -179,7 +180,7 @@ def heads_stored(call: Call, q8: Tensor, k8: Tensor) -> int:
     """Key/value heads, counted through the batch, whose dS8 the backward stores at a time for dQ; 0: dQ computes its own."""
     batch, heads, length, _ = q8.shape
     kv_heads, n_keys = k8.shape[1:3]
-    if not TABLE[call.padded_dim].stores or length != n_keys:
+    if call.padded_dim not in QUERY_PRODUCT or length != n_keys:
         return 0
     if not call.causal or call.key_range is not None:
         return 0
@@ -216,7 +217,7 @@ def gradients(
     """
     batch, heads, length, _ = q8.shape
     kv_heads, dim = k8.shape[1], call.padded_dim
-    per_kv, ring = heads // kv_heads, TABLE[dim].query_product
+    per_kv, ring = heads // kv_heads, QUERY_PRODUCT[dim]
     at_once = tiles.numel() // _stored_bytes(length, call.window, per_kv)
     for first in range(0, batch * kv_heads, at_once):
         count = min(at_once, batch * kv_heads - first)
