@@ -20,6 +20,15 @@ def layer_correlations(records: list[dict], precision: str, fixed: str | None = 
     }
 
 
+def _wins(ours: list[float], theirs: list[float]) -> str:
+    """In how many settings ours is higher, in words."""
+    pairs = list(zip(ours, theirs, strict=True))
+    equal = sum(a == b for a, b in pairs)
+    return f"higher in {sum(a > b for a, b in pairs)} of {len(pairs)} settings" + (
+        f", equal in {equal}" if equal else ""
+    )
+
+
 def _ahead(ours: list[float], theirs: list[float]) -> bool:
     """Higher on average, and in most settings."""
     return fmean(ours) > fmean(theirs) and sum(a > b for a, b in zip(ours, theirs, strict=True)) > len(ours) / 2
@@ -41,9 +50,8 @@ def verdict(records: list[dict]) -> str:
     n = len(found[OURS])
     parts, better = [], []
     for baseline in (NORM_ONLY, ENTROPY):
-        wins = sum(a > b for a, b in zip(found[OURS], found[baseline], strict=True))
         better.append(_ahead(found[OURS], found[baseline]))
-        parts.append(f"{baseline}: {fmean(found[baseline]):+.2f}, the predictor higher in {wins} of {n} settings")
+        parts.append(f"{baseline}: {fmean(found[baseline]):+.2f}, the predictor {_wins(found[OURS], found[baseline])}")
     names = {
         (True, True): "better than both the norm-only and the entropy baseline",
         (True, False): "better than the norm-only baseline, but not than entropy",
@@ -57,9 +65,8 @@ def verdict(records: list[dict]) -> str:
         where = f", on {'; on '.join(f'{model} {names[ahead]}' for model, (ahead, _) in each.items())};{where}"
     if "depth" in found:
         fixed = layer_correlations(records, "float8_e4m3", fixed="depth")[OURS]
-        wins = sum(a > b for a, b in zip(found[OURS], found["depth"], strict=True))
         parts.append(
-            f"depth alone, earlier layers first: {fmean(found['depth']):+.2f}, the predictor higher in {wins} of {n}; "
+            f"depth alone, earlier layers first: {fmean(found['depth']):+.2f}, the predictor {_wins(found[OURS], found['depth'])}; "
             f"with depth held fixed the predictor's correlation is {fmean(fixed):+.2f}"
         )
     best = max(found, key=lambda name: fmean(found[name]))

@@ -1,22 +1,23 @@
 """Rank correlation of two series and what chance alone makes of series with memory."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
-    """Ranks around 0, ties sharing their mean, scaled to a sum of squares of 1 (0 where all are equal)."""
+    """Ranks around 0, ties sharing their mean: whole or half numbers."""
     array = np.asarray(values, dtype=float)
     below, equal = (array[:, None] > array).sum(1), (array[:, None] == array).sum(1)
-    found = below + (equal - 1) / 2 - (len(array) - 1) / 2
-    scale = np.sqrt((found**2).sum())
-    return found / scale if scale else found
+    return below + (equal - 1) / 2 - (len(array) - 1) / 2
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Rank correlation; 0 where a series is constant."""
-    return float(ranks(x) @ ranks(y))
+    """Rank correlation; 0 where a series is constant. From sums without rounding, so that equal correlations are equal numbers."""
+    a, b = ranks(x), ranks(y)
+    scale = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b) / scale if scale else 0.0
 
 
 def partial_spearman(x: Sequence[float], y: Sequence[float], given: Sequence[float]) -> float:
@@ -34,7 +35,7 @@ def circular_shift_p(x: Sequence[float], y: Sequence[float]) -> float:
     """
     a, b = ranks(x), ranks(y)
     shifted = np.array([a @ np.roll(b, shift) for shift in range(len(b))])
-    return float((shifted >= shifted[0] - 1e-12).mean())
+    return float((shifted >= shifted[0]).mean())
 
 
 def differences(x: Sequence[float]) -> np.ndarray:

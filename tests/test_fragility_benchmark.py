@@ -41,11 +41,15 @@ def test_rank_correlation_and_its_null(benchmark):
     assert nulls.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     assert nulls.spearman([1, 2, 3], [5, 5, 5]) == 0
     assert nulls.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486832980505138)  # ties share their rank
+    for length in range(5, 40):  # one exchange of neighbours is as good as another: equal to the last bit
+        order = np.arange(length)
+        exchanged = [np.r_[order[:i], i + 1, i, order[i + 2 :]] for i in range(length - 1)]
+        assert len({nulls.spearman(x, order) for x in exchanged}) == 1
     third = np.arange(30.0)
     own = np.random.default_rng(2).standard_normal((2, 30))
     x, y = third + 8 * own[0], third + own[0] + 4 * own[1]
     a, b, c = (nulls.ranks(series) for series in (x, y, third))
-    a, b = a - (a @ c) * c, b - (b @ c) * c  # what a regression on the third's ranks leaves
+    a, b = a - (a @ c) / (c @ c) * c, b - (b @ c) / (c @ c) * c  # what a regression on the third's ranks leaves
     assert nulls.partial_spearman(x, y, third) == pytest.approx(np.corrcoef(a, b)[0, 1])
     assert nulls.partial_spearman(third, y, third) == 0
     noise = np.random.default_rng(0).standard_normal(40)
