@@ -15,7 +15,7 @@ LEARNING_RATE, CLIP = 1e-5, 1.0
 WARMUP, BLOCK = 2, 3
 """Steps before timing, and timed steps in a row before another contender's turn: within them the CPU may run ahead of the GPU."""
 
-BLOCKS_MIN, BLOCKS_MAX, CONFIGURATION_SECONDS = 2, 8, 12.0
+BLOCKS_MIN, BLOCKS_MAX, CONFIGURATION_SECONDS = 2, 24, 12.0
 """Blocks of each contender: as many as this many seconds allow, at least BLOCKS_MIN."""
 
 MEMORY_SHARE = 0.88
