@@ -20,7 +20,10 @@ BLOCKS = 128, 64
 0.83 ms (0.95 with 32), for 768 of 64 × 2,048 0.091 and 0.101 ms."""
 
 TILES = 4
-"""In shared memory: two under way, and the scaled one as either operand of its product."""
+"""In shared memory on Hopper, and fewer elsewhere: two under way, and the scaled one as either operand of its product."""
+
+HOPPER = (9, 0)
+"""Compute capability where rounding is opaque. Triton before 3.9 does not compile that for (10, 0); elsewhere it is not timed."""
 
 CAPABILITY_WITH_BF16 = (8, 0)
 """First CUDA compute capability whose matrix units multiply BF16."""
@@ -34,19 +37,21 @@ Rows = tuple[Tensor, Tensor | None, int]  # (H, D, d), factors of the columns (d
 
 
 @triton.jit
-def _round_to_bfloat16(x):
+def _round_to_bfloat16(x, OPAQUE: tl.constexpr):
     """To nearest, ties to even.
 
-    In an instruction that the compiler knows nothing of: so a scaled tile reaches both operands of its product through shared
-    memory. Otherwise it is scaled twice, once as read in the order of an operand, eight threads to a bank.
+    OPAQUE: in an instruction that the compiler knows nothing of, so that a scaled tile reaches both operands of its product through
+    shared memory. Otherwise it is scaled twice, once as read in the order of an operand, eight threads to a bank.
     """
     if IN_INTERPRETER:
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
+    elif OPAQUE:
         x = tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=False, pack=2
         )
+    else:
+        x = x.to(tl.bfloat16)
     return x
 
 
@@ -65,6 +70,7 @@ def gram_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
+    OPAQUE: tl.constexpr,
 ):
     p_entry = p_table + 3 * tl.program_id(0)
     rows, factors, place = tl.load(p_entry), tl.load(p_entry + 1), tl.load(p_entry + 2)
@@ -87,7 +93,7 @@ def gram_kernel(
             if FACTOR is not None:
                 b_factors = tl.load(p_factors + columns, mask=columns < width, other=0.0).to(tl.float32)
                 b_rows = b_rows.to(tl.float32) * b_factors[None, :]
-            b_scaled = _round_to_bfloat16(b_rows.to(tl.float32))
+            b_scaled = _round_to_bfloat16(b_rows.to(tl.float32), OPAQUE)
             part = tl.dot(b_scaled, tl.trans(b_scaled), part)
         total += part
     inside = (o_row < D)[:, None] & (o_row < D)[None, :]
@@ -125,8 +131,12 @@ def block_of(dim: int, dtype: torch.dtype, device: torch.device) -> int:
 @lru_cache
 def _shared_memory(device: torch.device) -> int:
     """Most bytes that a program may have."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+@lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
 
 
 @lru_cache
@@ -179,7 +189,7 @@ def tables(rows: Sequence[Rows], device: torch.device) -> Tables:
     for (*layout, dim, dtype, factor_type), entries in kinds.items():
         table, aligned = _table(tuple(entries), device, stream)
         types = {"TYPE": _TYPES[dtype], "FACTOR": _TYPES.get(factor_type), "ALIGNED": aligned}
-        types["BLOCK"] = block_of(dim, dtype, device)
+        types |= {"BLOCK": block_of(dim, dtype, device), "OPAQUE": _is_hopper(device)}
         launches.append((table, tuple(layout), types))
     return Tables(device, stream, launches)
 
