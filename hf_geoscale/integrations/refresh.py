@@ -42,7 +42,7 @@ def _exact_arithmetic() -> Iterator[None]:
 @cache
 def _devices() -> tuple[str, ...]:
     """Types of the devices of this process."""
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 

@@ -287,3 +287,14 @@ def test_a_step_and_a_refresh_never_wait_for_the_gpu(headroom):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_fresh(model)
+
+
+def test_a_process_without_accelerator(monkeypatch):
+    """There torch 2.6 raises when asked for it."""
+
+    def none_there():
+        raise RuntimeError("Cannot access accelerator device when none is available.")
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", none_there)
+    assert refreshing._devices.__wrapped__() == ("cpu",)
