@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.checks import SMALLEST_NORMAL
@@ -60,7 +59,6 @@ def _is_plain_norm(norm: Any) -> bool:
         and kind.__module__.startswith("transformers.")
         and _origin(kind.forward).startswith("transformers.")
         and is_bare(norm)
-        and not _has_any_global_hook()
     )
 
 

@@ -8,20 +8,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn import functional
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
+
+_PLAIN = (Tensor, nn.Parameter)
+_LINEAR_FORWARD = nn.Linear.forward
+"""To notice whoever replaces it."""
 
 
 def is_bare(module: Any) -> bool:
-    """Whether a call of this module runs its class's forward and nothing of its own around it, on a weight that is no shard."""
+    """Whether a call of this module runs its class's forward and nothing around it, hooks of all modules included, on a weight
+    that is no shard.
+    """
     own = module.__dict__
     return not (
-        "forward" in own
+        _global_forward_hooks  # torch 2.6 has no function that tells
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+        or "forward" in own
         or own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
-        or type(own["_parameters"].get("weight")) not in (Tensor, nn.Parameter)
+        or own.get("_compiled_call_impl")
+        or type(own["_parameters"].get("weight")) not in _PLAIN
     )
 
 
@@ -30,15 +46,17 @@ class _Projections(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states: Tensor, *parameters):
-        ctx.save_for_backward(hidden_states, *parameters[::2])
-        return tuple([linear(hidden_states, *parameters[i : i + 2]) for i in range(0, len(parameters), 2)])
+        trained = True in ctx.needs_input_grad[1::2]  # only then does the backward read the hidden states
+        ctx.save_for_backward(hidden_states if trained else None, *parameters[::2])
+        return tuple([functional.linear(hidden_states, *parameters[i : i + 2]) for i in range(0, len(parameters), 2)])
 
     @staticmethod
     def backward(ctx, *grads):
         hidden_states, *weights = ctx.saved_tensors
-        rows, needed = hidden_states.flatten(0, -2), ctx.needs_input_grad
+        needed = ctx.needs_input_grad
+        rows = None if hidden_states is None else hidden_states.flatten(0, -2)
         total, of_parameters = None, [None] * (len(needed) - 1)
-        for i in range(len(weights) - 1, -1, -1):  # queries, the most heads, last: the least is rounded twice
+        for i in range(len(weights) - 1, -1, -1):  # queries, the most heads, last: rounded once
             grad, weight = grads[i].flatten(0, -2), weights[i]
             if needed[0]:
                 total = grad @ weight if total is None else total.addmm_(grad, weight)
@@ -46,7 +64,9 @@ class _Projections(torch.autograd.Function):
                 of_parameters[2 * i] = grad.T @ rows
             if needed[2 * i + 2]:
                 of_parameters[2 * i + 1] = grad.sum(0)
-        return None if total is None else total.view(hidden_states.shape), *of_parameters
+        if total is not None:
+            total = total.view(*grads[0].shape[:-1], total.shape[-1])
+        return total, *of_parameters
 
 
 def project(
@@ -65,11 +85,14 @@ def project(
 
 def _together(hidden_states: Tensor, modules: Sequence[nn.Module]) -> bool:
     """Whether nothing but autograd has to see the products: no adapter, hook, quantisation, autocast or compiler."""
-    if not hidden_states.requires_grad or type(hidden_states) is not Tensor or torch.compiler.is_compiling():
+    if not hidden_states.requires_grad or type(hidden_states) is not Tensor or nn.Linear.forward is not _LINEAR_FORWARD:
         return False
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_states.device.type) or _has_any_global_hook():
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden_states.device.type):
         return False
-    for module in modules:  # noqa: SIM110 - a generator costs a call a module
+    for module in modules:
         if type(module) is not nn.Linear or not is_bare(module):
+            return False
+        bias = module._parameters.get("bias", 0)
+        if bias is not None and type(bias) not in _PLAIN:
             return False
     return True

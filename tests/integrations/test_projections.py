@@ -66,6 +66,24 @@ class TestResults:
         expected = gradients(tuple(m(hidden) for m in modules), inputs)
         assert all(relative(x, y) < 1e-6 for x, y in zip(found, expected, strict=True))
 
+    @pytest.mark.parametrize("trained", [False, True])
+    def test_hidden_states_are_kept_for_weights_that_are_trained(self, trained):
+        modules, hidden = projections(), hidden_states()
+        for module in modules:
+            module.requires_grad_(trained)
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            outputs = project(hidden, modules)
+        assert (hidden.shape in {x.shape for x in kept}) == trained
+        assert relative(gradients(outputs, [hidden])[0], gradients([m(hidden) for m in modules], [hidden])[0]) < 1e-6
+
+    @pytest.mark.parametrize("shape", [(0, 24, WIDTH), (2, 0, WIDTH)])
+    def test_nothing_to_project(self, shape):
+        hidden = torch.zeros(shape, requires_grad=True)
+        outputs = project(hidden, projections())
+        assert [x.shape for x in outputs] == [(*shape[:2], n) for n in OUTPUTS]
+        assert gradients(outputs, [hidden])[0].shape == shape
+
     def test_an_output_that_nobody_uses(self):
         modules, hidden = projections(), hidden_states()
         query, _, value = project(hidden, modules)
@@ -131,6 +149,15 @@ def with_a_subclass_for_weight(modules: list[nn.Module]) -> None:
     modules[0].weight = nn.Parameter(modules[0].weight.detach().as_subclass(Seen))
 
 
+def compiled(modules: list[nn.Module]) -> None:
+    modules[1].compile(backend="eager")
+
+
+def with_a_buffer_for_bias(modules: list[nn.Module]) -> None:
+    del modules[2].bias
+    modules[2].register_buffer("bias", torch.ones(OUTPUTS[2]))
+
+
 class TestWhoseModulesAreCalled:
     """Every one of these takes part in a module's call, so each module is called."""
 
@@ -144,6 +171,8 @@ class TestWhoseModulesAreCalled:
             wrapped_forward,
             of_another_class,
             parametrized,
+            compiled,
+            with_a_buffer_for_bias,
             with_a_subclass_for_weight,
         ],
     )
@@ -166,10 +195,26 @@ class TestWhoseModulesAreCalled:
         assert seen == modules
 
     def test_autocast(self):
-        hidden = hidden_states()
+        hidden, modules = hidden_states(), projections()
         with torch.autocast(hidden.device.type, torch.bfloat16):
-            outputs = project(hidden, projections())
+            assert not runs_together(hidden, modules)
+            outputs = project(hidden, modules)
         assert {x.dtype for x in outputs} == {torch.bfloat16}
+        assert gradients(outputs, [hidden])[0].dtype == torch.float32
+
+    def test_hidden_states_of_a_subclass(self):
+        assert not runs_together(hidden_states().detach().as_subclass(Seen).requires_grad_(), projections())
+
+    def test_a_linear_layer_whose_forward_somebody_replaced(self, monkeypatch):
+        hidden, modules, original = hidden_states(), projections(), nn.Linear.forward
+        monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * original(self, x))
+        assert not runs_together(hidden, modules)
+
+    def test_a_function_that_counts_linear_products_counts_them(self, monkeypatch):
+        calls, original = [], nn.functional.linear
+        monkeypatch.setattr(nn.functional, "linear", lambda *args: calls.append(args) or original(*args))
+        assert runs_together(hidden_states(), projections())
+        assert len(calls) == len(OUTPUTS)
 
     def test_calls_without_gradients_of_hidden_states(self):
         hidden, modules = hidden_states(), projections()
