@@ -5,6 +5,7 @@ and training set-up may differ from these. Letters: X one head's (L, D) queries,
 sees them (after RoPE); dX their gradient; dS that of the (L, L) logits.
 
     Π_X = X (XᵀX + λI)⁻¹ Xᵀ,  λ = ridge · tr(XᵀX)/D        projector of token space onto the span of X's columns
+                                                            (in float32 at least what rounding needs: `FLOAT32_RIDGE`)
     dX′ = a_parallel · Π_X dX + a_perpendicular · (dX − Π_X dX)
 
 Why this splits the logits' gradient: dS = Π_Q dS Π_K + Π_Q dS Π_K^⊥ + Π_Q^⊥ dS Π_K + Π_Q^⊥ dS Π_K^⊥, of orders 0, 1, 1 and 2. As
@@ -26,9 +27,10 @@ TARGETS = ("q", "k", "v")
 RIDGE_MIN = 1e-5
 """Least ridge: of the operands' own directions, none weaker than 0.3 % of the root mean square counts for more than half."""
 
-FLOAT32_ADDITION = 2.0**-23
-"""Relative error of a float32 addition. Sums of L products leave about √L of it in every entry of XᵀX, so 2⁻²³·√(L·D) mean
-eigenvalues in its spectral norm when one direction is all there is: without as much ridge there may be no Cholesky factor."""
+FLOAT32_RIDGE = 2.0**-23
+"""Times √(L·D): least ridge in float32. Rounded sums of L products are off by about 2⁻²⁴√L of themselves, so XᵀX by twice that
+times √D mean eigenvalues in spectral norm where one direction is all there is: with less there may be no Cholesky factor. A
+guess for random errors, tested at rank one."""
 
 Sequences = tuple[tuple[int, int, int], ...]
 """(row of the batch, first token, one past the last) of each sequence; no two overlap."""
@@ -46,7 +48,7 @@ class SpanScaling:
         a_parallel: factor ≥ 0 on the part in the operand's span; from 1 to 2 are the values to try.
         a_perpendicular: factor ≥ 0 on the rest; from 0 to 1.
         ridge: λ over the mean eigenvalue of XᵀX, at least 1e-5; directions of X weaker than √ridge of their root mean square count
-            as outside its span. The default is a guess.
+            as outside its span. The default is a guess. Of 16-bit operands on a GPU it is at least 2⁻²³·√(L·D).
         targets: whose gradients to scale, of "q", "k" and "v".
     Raises:
         ValueError: a factor, ridge or target that is not as stated.
@@ -64,9 +66,7 @@ class SpanScaling:
             if not (math.isfinite(factor) and factor >= 0):
                 raise ValueError(f"{name} must be a finite factor of at least 0, got {factor}")
         if not (math.isfinite(self.ridge) and self.ridge >= RIDGE_MIN):
-            raise ValueError(
-                f"ridge must be finite and at least {RIDGE_MIN:g}, what float32 factorises, got {self.ridge}"
-            )
+            raise ValueError(f"ridge must be finite and at least {RIDGE_MIN:g}, got {self.ridge}")
         targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
         if not targets or len(set(targets)) != len(targets) or not set(targets) <= set(TARGETS):
             raise ValueError(f"targets must be one or more of {TARGETS}, each once, got {self.targets!r}")
@@ -110,13 +110,10 @@ def coefficients(
     basis: Tensor,  # (..., L, D)
     ridge: float,
 ) -> Tensor:
-    """(XᵀX + λI)⁻¹ Xᵀ dX for X = basis, (..., D, D), so that X times it is Π_X dX; 0 where X is 0. Waits for no device.
-
-    In float32 λ covers the rounding of XᵀX, too.
-    """
+    """(XᵀX + λI)⁻¹ Xᵀ dX for X = basis, (..., D, D), so that X times it is Π_X dX; 0 where X is 0. Waits for no device."""
     gram = basis.mT @ basis
     if gram.dtype == torch.float32:
-        ridge += FLOAT32_ADDITION * math.sqrt(basis.shape[-2] * basis.shape[-1])
+        ridge = max(ridge, FLOAT32_RIDGE * math.sqrt(basis.shape[-2] * basis.shape[-1]))
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     mean = torch.where(mean == 0, 1, mean)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

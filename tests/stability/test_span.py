@@ -234,7 +234,7 @@ class TestErrors:
             ({"a_parallel": -1.0}, r"a_parallel must be a finite factor of at least 0, got -1\.0"),
             ({"a_perpendicular": float("nan")}, "a_perpendicular must be a finite factor of at least 0, got nan"),
             ({"a_parallel": float("inf")}, "a_parallel must be a finite factor of at least 0, got inf"),
-            ({"ridge": 0.0}, r"ridge must be finite and at least 1e-05, what float32 factorises, got 0\.0"),
+            ({"ridge": 0.0}, r"ridge must be finite and at least 1e-05, got 0\.0"),
             ({"targets": ()}, r"targets must be one or more of \('q', 'k', 'v'\), each once, got \(\)"),
             ({"targets": "qk"}, "targets must be one or more of .*, got 'qk'"),
             ({"targets": ("q", "q")}, "each once"),
