@@ -14,7 +14,7 @@ def ranks(values: Sequence[float]) -> np.ndarray:
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Rank correlation; 0 where a series is constant. From sums without rounding, so that equal correlations are equal numbers."""
+    """Rank correlation; 0 where a series is constant. From exact sums: without ties equal correlations are equal numbers."""
     a, b = ranks(x), ranks(y)
     scale = math.sqrt((a @ a) * (b @ b))
     return float(a @ b) / scale if scale else 0.0
