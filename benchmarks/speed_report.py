@@ -21,7 +21,6 @@ def to_markdown(records: list[dict]) -> str:
             f"**{model}**",
             "",
             ", ".join(f"{key} {value}" for key, value in header["environment"].items()) + ".",
-            *([header["note"]] if "note" in header else []),
             "",
             "| tokens | implementation | forward TFLOP/s | backward TFLOP/s "
             "| whole forward ms | whole both ms | ratio | error |",
@@ -36,7 +35,7 @@ def to_markdown(records: list[dict]) -> str:
             cells.append(f"{2.5 * flops / ms['kernel backward'] / 1e9:.0f}" if "kernel backward" in ms else "–")
             cells += [f"{ms['whole forward']:.2f}", f"{both:.2f}" if both else "–"]
             cells.append(f"{rival['ms']['whole both'][1] / both:.2f}" if rival and both else "–")
-            cells.append(", ".join(f"{error:.3f}".lstrip("0") for error in row["gate_errors"].values()) or "–")
+            cells.append(", ".join(f"{error:.3f}".lstrip("0") for error in row["gate_errors"].values()))
             lines.append(f"| {' | '.join(cells)} |")
         lines += ["", *_footnotes([r for r in rows if r["model"] == model], header.get("not_timed", {}))]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import pytest
 from hf_geoscale.cli.transients_report import to_markdown
 
 ROOT = Path(__file__).parent.parent
+SDPA = ("SDPA", "SDPA cuDNN", "SDPA flash")
 
 
 def read_lines(name: str) -> list[dict]:
@@ -50,6 +51,25 @@ def test_the_goals_quoted_in_the_documentation_are_those_of_the_records():
         )
     ]
     words = " ".join(text.split())
+    short = [
+        f"{found(m, 1024, 'SDPA cuDNN BF16')['ms']['whole both'][1] / found(m, 1024, name)['ms']['whole both'][1]:.2f}"
+        for m in ("Llama-3-8B", "Llama-3.2-1B", "GPT-2 XL")
+        for name in ("hf_geoscale FP8", "hf_geoscale FP8, autograd")
+    ]
+    said = "at {0} and {2}, through autograd at {1} and {3}; GPT-2 XL's at {4} and {5}, 0.40 then"
+    assert said.format(*short) in words
+    both = {
+        (r["model"], r["length"], r["name"]): r["ms"]["whole both"][1]
+        for r in rows
+        if r["length"] >= 4096 and "whole both" in r["ms"]
+    }
+    high = {(m, n): ms for (m, n, name), ms in both.items() if name == "hf_geoscale FP8, high"}
+    dearer = [ms / both[(*place, "hf_geoscale FP8")] for place, ms in high.items()]
+    faster = [
+        both[(*place, "SDPA cuDNN BF16")] / ms for place, ms in high.items() if (*place, "SDPA cuDNN BF16") in both
+    ]
+    assert f"{min(dearer):.2f} to {max(dearer):.2f} times standard from 4,096 tokens on" in words
+    assert f"{min(faster):.2f} to {max(faster):.2f} × SDPA cuDNN BF16" in words
     for said in (
         *(
             "take {:.1f} ms at 16,384",
@@ -104,17 +124,20 @@ def test_figures_quoted_from_records():
 def test_whole_steps_quoted_are_those_of_the_records():
     """Figures of docs/step.jsonl in README.md and docs/kernels.md, against the better SDPA of the same configuration."""
     medians: dict[tuple, dict[str, float]] = {}
+    runs: dict[str, dict[str, float]] = {}  # of the configuration that scatters, by commit
     peaks: dict[tuple, dict[str, float]] = {}
     for row in read_lines("step.jsonl"):
         place, times = (row["model"], row["length"], row["setting"]), row["times"]
         if times is None:
             continue
         medians.setdefault(place, {})[row["contender"]] = statistics.median(times["step"])
+        if place == ("Llama-3.2-1B", 2048, "plain"):
+            runs.setdefault(row["environment"]["commit"], {})[row["contender"]] = statistics.median(times["step"])
         peaks.setdefault(place, {})[row["contender"]] = times["peak_bytes"]
 
     def ratio(model: str, length: int, setting: str = "plain") -> str:
         found = medians[model, length, setting]
-        rival = min(ms for name, ms in found.items() if name.startswith("SDPA"))
+        rival = min(ms for name, ms in found.items() if name in SDPA)
         return f"{rival / found['hf_geoscale']:.2f}"
 
     lengths = (8192, 16384, 32768)
@@ -124,6 +147,9 @@ def test_whole_steps_quoted_are_those_of_the_records():
     assert f"is {plain[0]}, {plain[1]} and {plain[2]} times" in readme
     assert f"and {small[0]} at 2,048" in readme
     assert f"2,048 tokens {small[1]}" in readme
+    scatter = [min(ms for c, ms in run.items() if c in SDPA) / run["hf_geoscale"] for run in runs.values()]
+    assert "the three runs in the records gave {:.2f}, {:.2f} and {:.2f}.".format(*scatter) in kernels
+    assert f"Compiled, 8 layers at 8,192 tokens: {ratio('Llama-3-8B', 8192, 'compile')}" in kernels
     pairs = [f"{a} | {b}" for a, b in zip(plain, checkpointed, strict=True)]
     assert f"{pairs[0]} at 8,192 tokens, {pairs[1]} at 16,384, {pairs[2]} at 32,768" in kernels
     assert (
@@ -134,6 +160,7 @@ def test_whole_steps_quoted_are_those_of_the_records():
     gains = [f"{plain / liger:.2f}" for plain, liger in zip(plains, ligers, strict=True)]
     assert f"Liger-Kernel with SDPA is {min(gains)} to {max(gains)} times as fast" in kernels
     less = [100 * (1 - found["hf_geoscale"] / found["SDPA cuDNN"]) for found in peaks.values()]
+    assert f"(Mistral {sorted(less)[-1]:.1f}, the others up to {sorted(less)[-2]:.1f})" in kernels
     assert f"Peak memory is {abs(min(less)):.1f} to {max(less):.1f} % below SDPA cuDNN's" in kernels
     assert min(less) > -1e-4
 
@@ -173,6 +200,31 @@ def test_steps_with_fp8_linears_quoted_are_those_of_their_pages():
 def test_no_row_of_the_matrix_fails():
     assert "**fails**" not in (ROOT / "docs/feature_matrix.md").read_text()
     assert "[docs/feature_matrix.md](docs/feature_matrix.md); no row of it fails." in readme()
+
+
+def test_what_a_step_spends_is_what_was_profiled():
+    """Figures of docs/step_profile.txt, three layers, in docs/kernels.md."""
+    kernels = " ".join((ROOT / "docs/kernels.md").read_text().split())
+    _, sdpa, ours = (ROOT / "docs/step_profile.txt").read_text().split("## ")
+    step, joules, watts = zip(
+        *(map(float, re.findall(r": ([\d.]+) ms/step ([\d.]+) J (\d+) W", part)[0]) for part in (sdpa, ours)),
+        strict=True,
+    )
+
+    def layer(part: str, names: str) -> float:
+        rows = re.findall(r"^ *([\d.]+) ms +[\d.]+ (.*)$", part, re.MULTILINE)
+        return sum(float(ms) for ms, name in rows if re.match(names, name)) / 3
+
+    parts = [layer(ours, name) for name in ("key_gradient_kernel", "forward_kernel", "query_product_kernel")]
+    rest = layer(ours, "quantize_kernel|quantize_gradient_kernel|transpose_kernel|gradient_range_kernel")
+    said = f"dK and dV {parts[0]:.1f}, forward {parts[1]:.1f}, dQ {parts[2]:.1f}, quantising and δ {rest:.1f}"
+    assert f"and {sum(parts) + rest:.1f} in the step" in kernels
+    assert f"{said}), SDPA's {layer(sdpa, '.*cudnn'):.0f}." in kernels
+    assert f"run at {min(watts):.0f} W from end to end" in kernels
+    assert f"step takes {joules[0]:.0f} J under SDPA and {joules[1]:.0f} under ours" in kernels
+    assert f"Of the {watts[1] * (sum(parts) + rest) / 1e3:.0f} J of our attention in a layer" in kernels
+    added = re.search(r"([\d.]+) ms +21.0 .*CUDAFunctor_add<c10::BFloat16>", ours)[1]
+    assert f"in two passes: {2 * float(added) / 21:.1f} of {step[1] / 3:.0f} ms of a layer" in kernels
 
 
 def test_costs_quoted_are_those_of_their_records():

@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,3 +236,31 @@ def test_the_published_page_is_rendered_from_its_records(step):
     rows = [json.loads(line) for line in (ROOT / "docs/step.jsonl").read_text().splitlines()]
     report = sys.modules["step_report"]
     assert report.to_markdown(rows).strip() == (ROOT / "docs/step.md").read_text().strip()
+
+
+def test_a_profile_names_what_takes_the_time_and_the_energy(step, monkeypatch, capsys):
+    profile = importlib.import_module("step_profile")
+    options = ["--model", "smoke", "--layers", "2", "--length", "64", "--contenders", "SDPA", "hf_geoscale"]
+    profile.main([*options, "--most", "500", "--seconds", "0.01"])
+    _, sdpa, ours = capsys.readouterr().out.split("\n\n")
+    for name, part in (("SDPA", sdpa), ("hf_geoscale", ours)):
+        head, *rows = part.strip().splitlines()
+        assert re.match(name + r": \d+\.\d\d ms a step \(\d+ steps\), – J$", head)
+        spent = [float(row.split()[0]) for row in rows]
+        assert spent == sorted(spent, reverse=True)
+        calls = {row.split()[4]: float(row.split()[2]) for row in rows}
+        assert calls["aten::_fused_adamw_"] == 1
+    assert "aten::scaled_dot_product_attention" in sdpa
+    assert "aten::scaled_dot_product_attention" not in ours
+
+
+def test_joules_are_the_counters_differences_by_step(step, monkeypatch):
+    profile = importlib.import_module("step_profile")
+    monkeypatch.setattr(profile, "kernels", lambda *_: [(1.5, 2.0, "a kernel")])
+    monkeypatch.setattr(profile, "steps", lambda contender, optimizer, ids, count: 0.5 * count)
+    readings = iter([100.0, 2500.0])
+    monkeypatch.setattr(profile, "energy_counter", lambda: lambda: next(readings))
+    contender, ids = SimpleNamespace(ours=False, name="x"), SimpleNamespace(is_cuda=True)
+    text = profile.report(contender, None, ids, 5, seconds=4.0)
+    assert text.splitlines()[0] == "x: 500.00 ms a step (8 steps), 300.0 J, 600 W"
+    assert text.splitlines()[1].split() == ["1.500", "ms", "2.0", "calls", "a", "kernel"]

@@ -1,5 +1,7 @@
 """Which implementation of FP8 attention runs on a device."""
 
+from functools import lru_cache
+
 import torch
 
 try:
@@ -15,6 +17,17 @@ INTERPRETED = knobs is not None and knobs.runtime.interpret
 BACKENDS = ("auto", "triton", "reference")
 CAPABILITY_WITH_FP8 = (8, 9)
 """First CUDA compute capability whose matrix units multiply E4M3 (Ada; Hopper is 9.0)."""
+
+
+@lru_cache(maxsize=64)
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is an NVIDIA GPU of compute capability 9.0."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def stream_of(device: torch.device) -> int:
+    """Handle of the current stream; 0 on a CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def triton_missing(device: torch.device) -> str | None:

@@ -9,21 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import INTERPRETED
+from .backend import INTERPRETED, is_hopper, stream_of
 from .launcher import DirectKernel
 
 DIM_MAX = 128
 """Most rows of a Gram matrix: two float32 accumulators of 256 × 256 do not fit the registers."""
 
 BLOCKS = 128, 64
-"""Columns read at a time: the first that the shared memory has room for. For 1,536 BF16 heads of 128 × 4,096 on one H100 0.73 and
-0.83 ms (0.95 with 32), for 768 of 64 × 2,048 0.091 and 0.101 ms."""
+"""Columns read at a time: the first that the shared memory has room for. BF16 heads of 128 and 64 rows on one H100: with 128
+columns an eighth and a tenth less time than with 64, which beat 32 (script not kept)."""
 
 TILES = 4
 """In shared memory on Hopper, and fewer elsewhere: two under way, and the scaled one as either operand of its product."""
-
-HOPPER = (9, 0)
-"""Compute capability where rounding is opaque. Triton before 3.9 does not compile that for (10, 0); elsewhere it is not timed."""
 
 CAPABILITY_WITH_BF16 = (8, 0)
 """First CUDA compute capability whose matrix units multiply BF16."""
@@ -41,7 +38,8 @@ def _round_to_bfloat16(x, OPAQUE: tl.constexpr):
     """To nearest, ties to even.
 
     OPAQUE: in an instruction that the compiler knows nothing of, so that a scaled tile reaches both operands of its product through
-    shared memory. Otherwise it is scaled twice, once as read in the order of an operand, eight threads to a bank.
+    shared memory. Otherwise it is scaled twice, once as read in the order of an operand, eight threads to a bank. On Hopper only:
+    Triton before 3.9 does not compile it for compute capability 10.0, and elsewhere it is not timed.
     """
     if IN_INTERPRETER:
         bits = x.to(tl.uint32, bitcast=True)
@@ -135,11 +133,6 @@ def _shared_memory(device: torch.device) -> int:
 
 
 @lru_cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
-
-
-@lru_cache
 def shape_of(dim: int) -> dict[str, int]:
     """Compile-time arguments and warps of a program that holds D × D matrices in registers."""
     padded = max(16, 1 << (dim - 1).bit_length())
@@ -171,8 +164,8 @@ def grams_of(tables: Tables, out: Tensor, part: int) -> None:
     """`grams` of what lies at the addresses of `tables`."""
     shape = shape_of(out.shape[-1])
     with torch.cuda.device_of(out):
-        for table, layout, types in tables.launches:
-            gram_kernel[(len(table),)](table, out, *layout, **types, **shape, PART=part)
+        for table, layout, constants in tables.launches:
+            gram_kernel[(len(table),)](table, out, *layout, **constants, **shape, PART=part)
 
 
 def tables(rows: Sequence[Rows], device: torch.device) -> Tables:
@@ -185,22 +178,18 @@ def tables(rows: Sequence[Rows], device: torch.device) -> Tables:
         address = 0 if factors is None else factors.data_ptr()
         step = stride_h * weight.element_size()
         kinds.setdefault(kind, []).append((weight.data_ptr(), step, heads, address, place))
-    stream, launches = _stream(device), []
+    stream, launches = stream_of(device), []
     for (*layout, dim, dtype, factor_type), entries in kinds.items():
         table, aligned = _table(tuple(entries), device, stream)
-        types = {"TYPE": _TYPES[dtype], "FACTOR": _TYPES.get(factor_type), "ALIGNED": aligned}
-        types |= {"BLOCK": block_of(dim, dtype, device), "OPAQUE": _is_hopper(device)}
-        launches.append((table, tuple(layout), types))
+        constants = {"TYPE": _TYPES[dtype], "FACTOR": _TYPES.get(factor_type), "ALIGNED": aligned}
+        constants |= {"BLOCK": block_of(dim, dtype, device), "OPAQUE": is_hopper(device)}
+        launches.append((table, tuple(layout), constants))
     return Tables(device, stream, launches)
 
 
 def is_current(tables: Tables) -> bool:
     """Whether launches from here on come after the tables' upload."""
-    return tables.stream == _stream(tables.device)
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return tables.stream == stream_of(tables.device)
 
 
 @lru_cache(maxsize=256)

@@ -6,15 +6,11 @@ import torch
 from torch import Tensor
 
 from ..scaling.formats import E4M3
+from .backend import stream_of
 from .counters import amax_of, overflow_of
 
 CASTS_KEPT = 32
 """Calls whose counts are added up together."""
-
-
-def _stream(device: torch.device) -> int:
-    """The current stream's handle."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 class Earlier:
@@ -70,9 +66,7 @@ class AttentionStatistics:
         self._row = 0  # of these
         self._untaken = False  # whether ranges are in that row
         self._earlier_ranges: dict[str, Tensor] = {}  # those that are not
-        self._spare: tuple[Tensor, int] | None = (
-            None  # zeros for the next call's counters, and the stream they are from
-        )
+        self._spare: tuple[Tensor, int] | None = None  # zeros for the next call's counters, their stream
         self.logit_amax: Tensor | None = None
         self._gradient_overflow: Tensor | None = None
 
@@ -129,14 +123,14 @@ class AttentionStatistics:
             return None  # a graph would write to them ever after
         self._spare = None
         zeros, stream = spare
-        return zeros if zeros.shape[0] == length and zeros.device == device and stream == _stream(device) else None
+        return zeros if zeros.shape[0] == length and zeros.device == device and stream == stream_of(device) else None
 
     def hand_over(self, earlier: Earlier, row: int, spare: Tensor) -> None:
         """Leave the buffers of calls, which `earlier` has taken up, for one of zeros."""
         if not self.is_row(earlier, row):
             self._leave_row()
         self.earlier, self._row, self._untaken = earlier, row, True
-        self._spare = spare, _stream(spare.device)
+        self._spare = spare, stream_of(spare.device)
         self._casts, self._ranged, self._latest, self._latest_casts = [], 0, {}, None
         self.logit_amax = None
 

@@ -171,7 +171,7 @@ def test_another_stream_reads_once_and_uploads_its_own_tables(launches, monkeypa
     readings = read_layers(monkeypatch)
     refresh_scales(model)
     assert not readings
-    monkeypatch.setattr(gram, "_stream", lambda device: 7)
+    monkeypatch.setattr(gram, "stream_of", lambda device: 7)
     uploads = gram._table.cache_info().misses
     refresh_scales(model)
     assert readings == [0]

@@ -258,6 +258,15 @@ class TestStartOver:
             assert taken(s) == shares(*seeds)
             assert list(s.overflows_by_operand.values()) == overflows(*seeds)
 
+    def test_zeros_from_another_stream_are_not_counted_into(self, monkeypatch):
+        """Nothing orders their clearing before a launch on this one."""
+        group = self.group()
+        self.call(group, 0)
+        start_over(group)
+        assert group[0].buffer(len(cast(0)), CPU) is not None
+        monkeypatch.setattr("hf_geoscale.kernels.statistics.stream_of", lambda device: 7)
+        assert group[1].buffer(len(cast(0)), CPU) is None
+
     def test_counts_from_another_device_begin_anew(self):
         group = self.group()
         self.call(group, 0)

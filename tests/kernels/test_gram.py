@@ -19,11 +19,11 @@ from hf_geoscale.kernels import gram
 capability, kilobytes = int(sys.argv[1]), int(sys.argv[2])
 gram._shared_memory = lambda device: 1024 * kilobytes
 torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
-gram._stream, table = (lambda device: 0), gram._table
+gram.stream_of, table = (lambda device: 0), gram._table
 gram._table = lambda entries, device, stream: table(entries, torch.device("cpu"), stream)
 rows = torch.zeros(1, 128, 4096, dtype=torch.bfloat16)
-((_, _, types),) = gram.tables([(rows, rows[0, 0], 0)], torch.device("cuda", 0)).launches
-constants = types | gram.shape_of(128) | {"stride_w": 1, "PART": 1024}
+((_, _, constants),) = gram.tables([(rows, rows[0, 0], 0)], torch.device("cuda", 0)).launches
+constants = constants | gram.shape_of(128) | {"stride_w": 1, "PART": 1024}
 warps = constants.pop("num_warps")
 names = gram.gram_kernel.kernel.arg_names
 signature = {"p_table": "*i64", "p_gram": "*fp32", "width": "i32", "stride_d": "i32"}
@@ -35,8 +35,8 @@ source = ASTSource(
 )
 compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 ptx = compiled.asm["ptx"]
-rounded = ptx.count("cvt.rn.bf16x2.f32") * 2 * 32 * warps / (128 * types["BLOCK"])
-print(types["BLOCK"], compiled.metadata.shared <= 1024 * kilobytes, round(rounded))
+rounded = ptx.count("cvt.rn.bf16x2.f32") * 2 * 32 * warps / (128 * constants["BLOCK"])
+print(constants["BLOCK"], compiled.metadata.shared <= 1024 * kilobytes, round(rounded))
 """
 
 

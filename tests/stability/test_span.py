@@ -91,7 +91,7 @@ class TestProjector:
         scaling = SpanScaling(1.5, 0.5)
         scaled = scaling.scale(grad, x)
         assert scaled.dtype == dtype
-        # float32 inside for 16 bits on a GPU: the condition of XᵀX (about 10) times round-off, and the added ridge; one rounding
+        # float32 inside for 16 bits on a GPU: the condition of XᵀX (about 10) times round-off; one rounding
         assert relative(scaled, expected(scaling, x, grad)) < 10 * FLOAT32_ROUNDOFF + torch.finfo(dtype).eps / 2
 
 

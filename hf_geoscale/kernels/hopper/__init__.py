@@ -5,13 +5,13 @@ Same arithmetic and operands as the portable kernels, which take what these do n
 """
 
 import warnings
-from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 
 import torch
 import triton
 
+from ..backend import is_hopper
 from ..launch import Call
 
 TRITON_WITH_GLUON = (3, 6)
@@ -31,14 +31,9 @@ if tuple(map(int, triton.__version__.split(".")[:2])) >= TRITON_WITH_GLUON and n
         )
 
 
-@lru_cache(maxsize=64)
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def runs(device: torch.device, padded_dim: int) -> bool:
     """Whether there are Hopper kernels for a device and a padded head dimension."""
-    if launch is None or device.type != "cuda" or not _is_hopper(device):
+    if launch is None or not is_hopper(device):
         return False
     return padded_dim in launch.TABLE
 
