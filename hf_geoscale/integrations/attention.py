@@ -15,6 +15,7 @@ from ..kernels.attention import kernel_operand
 from ..kernels.hadamard import hadamard
 from ..kernels.qk_norm import QKNorm, normalise_and_rotate
 from ..scaling import E4M3, QuantScales
+from .keywords import refuse_paged_cache
 from .layer import GeoScaleLayer
 from .masks import CONTINUATION_ROWS, is_key_range, visibility_of_call
 from .softcap import softcap_attention_forward
@@ -27,7 +28,6 @@ _NOT_HONOURED = {
     "position_bias": "a position bias on the logits",
     "s_aux": "attention sinks",
     "head_mask": "a head mask",
-    "cache": "a paged cache",
     "output_attentions": "returned attention probabilities",
 }
 
@@ -133,6 +133,7 @@ def _refuse_options(layer: GeoScaleLayer, options: dict[str, Any], cached: bool)
                 f"FP8 attention cannot honour {what} ({layer.name}), and neither can SDPA. Do without, or unpatch the model "
                 'and use attn_implementation="eager"'
             )
+    refuse_paged_cache(options, layer.name)
     if cached and options.get("cu_seq_lens_q") is not None:
         raise UnsupportedAttentionError(
             f"cu_seq_lens_q says nothing of the keys in a cache ({layer.name}): pass packed documents without past_key_values"

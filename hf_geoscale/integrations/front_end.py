@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..kernels.checks import SMALLEST_NORMAL
 from ..kernels.qk_norm import QKNorm, rms_norm
 from ..kernels.rotary import rotate
+from .keywords import CACHE_NAMES, cache_of
 from .layer import GeoScaleLayer
 from .projections import is_bare, project
 
@@ -84,14 +85,15 @@ class FusedForward:
         if len(args) > 1 or not _is_patched(self.attention) or not self.serves(kwargs):
             return type(self.attention).forward(self.attention, *args, **kwargs)
         hidden_states = args[0] if args else kwargs.pop("hidden_states")
-        past = kwargs.pop("past_key_values", None)
+        past = cache_of(kwargs)
+        for name in CACHE_NAMES:
+            kwargs.pop(name, None)
         return self.fused(hidden_states, past, **kwargs), None
 
     def serves(self, call: dict[str, Any]) -> bool:
         """Whether the fused forward does what this call asks for."""
-        past = call.get("past_key_values")
-        # "past_key_value" is transformers 4's older name
-        return call.get("past_key_value") is None and (past is None or _is_only_filled(self.attention, past))
+        past = cache_of(call)
+        return past is None or _is_only_filled(self.attention, past)
 
     def fused(self, hidden_states: Tensor, past: Any, **kwargs) -> Tensor:
         raise NotImplementedError
