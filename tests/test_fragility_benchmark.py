@@ -28,15 +28,15 @@ MODULES = (
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield {name: __import__(name) for name in MODULES}
     for name in MODULES:
         sys.modules.pop(name, None)
 
 
-def test_rank_correlation_and_its_null(benchmark):
-    nulls = benchmark["fragility_nulls"]
+def test_rank_correlation_and_its_null(scripts):
+    nulls = scripts["fragility_nulls"]
     assert nulls.spearman([1, 2, 3, 4], [10, 20, 25, 900]) == pytest.approx(1)
     assert nulls.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     assert nulls.spearman([1, 2, 3], [5, 5, 5]) == 0
@@ -61,8 +61,8 @@ def test_rank_correlation_and_its_null(benchmark):
     assert nulls.spearman(nulls.differences(np.exp(walk[0])), other[0][1:]) == pytest.approx(1)
 
 
-def test_only_the_target_layer_is_perturbed(benchmark):
-    measure = benchmark["fragility_measure"]
+def test_only_the_target_layer_is_perturbed(scripts):
+    measure = scripts["fragility_measure"]
     model, ids = tiny_model("llama"), tokens(1, 40)
     eight = measure.one_layer_at_a_time(model, ids, "float8_e4m3")
     bf16 = measure.one_layer_at_a_time(model, ids, "bfloat16")
@@ -77,8 +77,8 @@ def test_only_the_target_layer_is_perturbed(benchmark):
     assert max(eight) < both < 3 * sum(eight)
 
 
-def test_events(benchmark):
-    training = benchmark["fragility_training"]
+def test_events(scripts):
+    training = scripts["fragility_training"]
     falling = [3.0 - 0.01 * i for i in range(60)]
     assert training.blow_up(falling) is None
     assert training.blow_up([*falling, 2.5 + training.BLOW_UP]) == 60
@@ -88,18 +88,18 @@ def test_events(benchmark):
     assert training.error_spike(steps, [*[0.01] * 12, 0.021, *[0.01] * 7]) == 24
 
 
-def test_the_share_of_windows_with_a_warning(benchmark):
-    tables, rule = benchmark["fragility_tables"], benchmark["fragility_warnings"].RULE
+def test_the_share_of_windows_with_a_warning(scripts):
+    tables, rule = scripts["fragility_tables"], scripts["fragility_warnings"].RULE
     begin = rule["span"] + rule["warm_up"]
     run = {"every": 1, "steps": begin + 20, "warned": {"κ_softmax": [begin + 10]}}
     assert tables.window_rate(run, "κ_softmax", 5) == 5 / 16
     assert tables.window_rate(run | {"warned": {"κ_softmax": []}}, "κ_softmax", 5) == 0
 
 
-def test_the_sentence_on_warnings(benchmark):
+def test_the_sentence_on_warnings(scripts):
     ramp = {"instability": 50, "ramp": 20, "warned": {"κ_softmax": [10, 30, 32], "gradient norm": [55]}}
     stable = {"instability": None, "ramp": None, "warned": {"κ_softmax": [], "gradient norm": [7]}}
-    said = benchmark["fragility_tables"].warning_verdict([ramp, ramp | {"instability": None}], [stable])
+    said = scripts["fragility_tables"].warning_verdict([ramp, ramp | {"instability": None}], [stable])
     assert (
         "κ_softmax warned before 1 of 1 instabilities of the loss, by a median of 20 steps, and in 0 of 1 stable"
         in said
@@ -108,8 +108,8 @@ def test_the_sentence_on_warnings(benchmark):
     assert "n = 2 ramps and 1 stable runs" in said
 
 
-def test_ratios_are_calibrated_to_no_false_alarm_in_the_tuning_runs(benchmark):
-    warnings = benchmark["fragility_warnings"]
+def test_ratios_are_calibrated_to_no_false_alarm_in_the_tuning_runs(scripts):
+    warnings = scripts["fragility_warnings"]
     flat = [1.0] * 40
     runs = [
         {
@@ -127,8 +127,8 @@ def test_ratios_are_calibrated_to_no_false_alarm_in_the_tuning_runs(benchmark):
     assert warnings.excess(flat[::-1]) == 1.0
 
 
-def test_parts_are_written_as_they_end_and_not_done_again(benchmark, tmp_path):
-    main, path, calls = benchmark["fragility"], tmp_path / "records.jsonl", []
+def test_parts_are_written_as_they_end_and_not_done_again(scripts, tmp_path):
+    main, path, calls = scripts["fragility"], tmp_path / "records.jsonl", []
 
     def part(name: str, fails: bool = False) -> list[dict]:
         calls.append(name)
@@ -169,29 +169,29 @@ def settings(ours: list[float], norms: list[float], entropy: list[float]) -> lis
         ([4, 3, 2, 1], [1, 2, 3, 4], [1, 2, 3, 4], "no better than either"),
     ],
 )
-def test_the_verdict_follows_the_numbers(benchmark, ours, norms, entropy, said):
-    assert said in benchmark["fragility_layers"].verdict(settings(ours, norms, entropy))
+def test_the_verdict_follows_the_numbers(scripts, ours, norms, entropy, said):
+    assert said in scripts["fragility_layers"].verdict(settings(ours, norms, entropy))
 
 
-def test_the_verdict_tells_models_apart(benchmark):
+def test_the_verdict_tells_models_apart(scripts):
     good, bad = settings([1, 2, 3, 4], [4, 3, 2, 1], [1, 3, 2, 4]), settings([4, 3, 2, 1], [1, 2, 3, 4], [1, 2, 3, 4])
-    said = benchmark["fragility_layers"].verdict([*good, *({**record, "model": "b"} for record in bad)])
+    said = scripts["fragility_layers"].verdict([*good, *({**record, "model": "b"} for record in bad)])
     assert "error, on a better than both the norm-only and the entropy baseline; on b no better than either" in said
     assert "By model: a +1.00 against -1.00 (norms) and +0.80 (entropy); b -1.00 against +1.00 (norms)" in said
 
 
-def test_the_published_page_is_rendered_from_its_records(benchmark):
+def test_the_published_page_is_rendered_from_its_records(scripts):
     records = BENCHMARKS.parent / "docs" / "fragility.jsonl"
     if not records.exists():
         pytest.skip("docs/fragility.jsonl has not been recorded yet")
     host, *found = map(json.loads, records.read_text().splitlines())
-    assert benchmark["fragility_tables"].to_markdown(host, found) == records.with_suffix(".md").read_text()
+    assert scripts["fragility_tables"].to_markdown(host, found) == records.with_suffix(".md").read_text()
 
 
 @pytest.mark.cpu
-def test_a_run_becomes_a_page(benchmark, monkeypatch, tmp_path, capsys):
+def test_a_run_becomes_a_page(scripts, monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    main = benchmark["fragility"]
+    main = scripts["fragility"]
     small = {"shape": {"width": 64, "layers": 2}, "length": 24, "long": 24, "lengths": (24,), "steps": 6, "every": 3}
     small |= {
         "batch": 2,
