@@ -7,7 +7,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..kernels import Visibility, key_range_of_block
-from .packing import documents_of_lengths, documents_of_positions, intersection, version_of
+from .packing import (
+    documents_of_lengths,
+    intersection,
+    say_that_positions_are_documents,
+    say_that_positions_are_no_documents,
+    version_of,
+)
 
 MASK_ROWS = 256
 """Rows of a mask evaluated at a time, so that no L×L mask is ever stored."""
@@ -90,8 +96,9 @@ def visibility_of_call(
 ) -> Visibility | None:
     """What an attention call may see, or None when ranges cannot express it. Keys beyond its `key_length` are not to be read.
 
-    A mask replaces the layer's own causal and window flags, as in SDPA. Documents come from `cu_seq_lens_q`, whatever the mask, and
-    without a mask from `position_ids`. transformers leaves the mask of longer keys out for the prompt of a static cache alone.
+    A mask replaces the layer's own causal and window flags, as in SDPA. Documents come from `cu_seq_lens_q`, whatever the mask.
+    Those that transformers reads off `position_ids` are in the mask of `geoscale_mask`: here positions cut nothing. transformers
+    leaves the mask of longer keys out for the prompt of a static cache alone.
 
     Raises:
         ValueError: cumulative lengths that are not of this batch or contradict the positions; see `documents_of_lengths`.
@@ -105,7 +112,7 @@ def visibility_of_call(
         if causal and key_length > query_length:
             key_length = query_length
         if documents is None and position_ids is not None and key_length == query_length:
-            documents = documents_of_positions(position_ids)
+            say_that_positions_are_no_documents(position_ids)
         key_range = None if documents is None else documents.expand(batch, -1, -1)
         return Visibility(query_length, key_length, causal, window if causal else None, key_range)
     if is_key_range(mask, key_length):
@@ -165,6 +172,8 @@ def geoscale_mask(
             keys = torch.arange(kv_length, device=device) + kv_offset
             ranges = _ranges_of_function(mask_function, padding, batch_size, rows, keys)
             if ranges is not None:
+                if padding is None and not allow_is_causal_skip and past == 0:
+                    say_that_positions_are_documents(ranges)
                 return ranges[:, None]
     return sdpa_mask(
         batch_size=batch_size,

@@ -1,11 +1,32 @@
-"""Documents packed into one row: key ranges read off position ids, or off FlashAttention's cumulative lengths."""
+"""Documents packed into one row: key ranges of FlashAttention's cumulative lengths, and what position ids are taken for.
+
+transformers reads documents off position ids where it makes a mask without a 2D mask and without a cache; its mask then holds
+them. Elsewhere positions are positions, whether they fall, repeat or jump.
+"""
+
+import logging
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_positions = WeakTensorKeyDictionary()  # position ids → (version, documents or None): one look for all layers
+logger = logging.getLogger(__name__)
+
+DOCUMENTS = (
+    "geoscale: documents are read off position_ids: one starts where a position is not the one before it plus 1. transformers "
+    "reads them so without an attention mask and without a cache. An attention mask of ones makes each row one document"
+)
+NO_DOCUMENTS = (
+    "geoscale: position_ids fall or repeat, and an attention mask or a cache was given: transformers then takes them for "
+    "positions only, and each row is one document. For packed documents pass use_cache=False and no attention_mask, or "
+    "cu_seq_lens_q and cu_seq_lens_k (DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes them)"
+)
+
+said: set[str] = set()
+"""Messages that this process has logged."""
+
+_falling = WeakTensorKeyDictionary()  # position ids → (version, whether they fall): one look for all layers
 _lengths = WeakTensorKeyDictionary()  # cumulative lengths → (version, position ids, documents)
 
 
@@ -31,24 +52,34 @@ def _falls(position_ids: Tensor) -> Tensor:
     return F.pad(position_ids.diff(dim=-1) < 1, (1, 0))
 
 
-def documents_of_positions(
-    position_ids: Tensor,  # (B or 1, L)
-) -> Tensor | None:  # (B or 1, L, 2) int32
-    """Keys of each token's document, or None when every row is one document.
+def _say_once(message: str) -> None:
+    said.add(message)
+    logger.warning(message)
 
-    A document starts where the position falls or repeats. A gap starts none: transformers reads gaps as documents only where
-    it makes the mask itself, without a cache and without a 2D mask.
-    """
-    known, version = _positions.get(position_ids), version_of(position_ids)
-    if known is not None and known[0] == version is not None:
-        return known[1]
-    falls = _falls(position_ids)
-    documents = None
-    if bool(falls.any()):
-        falls[:, 0] = True
-        documents = _ranges_of_starts(falls)
-    _positions[position_ids] = (version, documents)
-    return documents
+
+def say_that_positions_are_no_documents(
+    position_ids: Tensor,  # (B or 1, L)
+) -> None:
+    """Log once that falling or repeating positions were taken for positions only. Waits for the device until that was said."""
+    if NO_DOCUMENTS in said:
+        return
+    known, version = _falling.get(position_ids), version_of(position_ids)
+    if known is None or known[0] != version:
+        known = version, bool(_falls(position_ids).any())
+        _falling[position_ids] = known
+    if known[1]:
+        _say_once(NO_DOCUMENTS)
+
+
+def say_that_positions_are_documents(
+    key_range: Tensor,  # (B, L, 2), of a prompt without padding
+) -> None:
+    """Log once that documents were read off positions: some token does not see the one before it."""
+    if DOCUMENTS in said:
+        return
+    rows = torch.arange(1, key_range.shape[1], device=key_range.device)
+    if bool((key_range[:, 1:, 0] == rows).any()):
+        _say_once(DOCUMENTS)
 
 
 def documents_of_lengths(

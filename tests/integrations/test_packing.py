@@ -5,7 +5,7 @@ import torch
 from transformers import DataCollatorWithFlattening
 
 from hf_geoscale import UnsupportedAttentionError, geometry_report, patch_model, unpatch_model
-from hf_geoscale.integrations.packing import documents_of_lengths, documents_of_positions
+from hf_geoscale.integrations.packing import documents_of_lengths
 from hf_geoscale.kernels.backend import triton_missing
 
 from ..conftest import here, tiny_model, tokens
@@ -30,8 +30,6 @@ def alone(model, ids: torch.Tensor) -> torch.Tensor:
 
 PACKINGS = {
     "positions": {"position_ids": POSITIONS, "use_cache": False},
-    "positions, with a cache": {"position_ids": POSITIONS, "use_cache": True},
-    "positions, with a mask of ones": {"position_ids": POSITIONS, "attention_mask": torch.ones(1, LENGTH)},
     "lengths": {"use_cache": False, **lengths()},
     "lengths and positions": {"position_ids": POSITIONS, "use_cache": False, **lengths()},
     "lengths and positions, with a cache": {"position_ids": POSITIONS, "use_cache": True, **lengths()},
@@ -98,7 +96,7 @@ class TestLengths:
     def test_gradients(self):
         model, ids = tiny_model("llama").train(), tokens(1, LENGTH)
         grads = []
-        for how in ("positions", "lengths", "lengths and positions", "positions, with a cache"):
+        for how in ("positions", "lengths", "lengths and positions", "lengths and positions, with a cache"):
             model.zero_grad()
             model(ids, labels=ids, **packing(how)).loss.backward()
             grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -112,7 +110,8 @@ class TestLengths:
         ids, grads = tokens(1, LENGTH), []
         if reason := triton_missing(ids.device):
             pytest.skip(reason)
-        runs = (("lengths and positions", True), ("positions, with a cache", True), ("lengths and positions", False))
+        how = "lengths and positions"
+        runs = ((how, True), (f"{how}, with a cache", True), (how, False))
         for how, fused in runs:
             model = patch_model(tiny_model("llama"), backend="triton", fused_front_end=fused).train()
             model(ids, labels=ids, **packing(how)).loss.backward()
@@ -194,12 +193,6 @@ class TestLengths:
 
 @pytest.mark.feature("packing")
 class TestRanges:
-    def test_of_positions(self):
-        positions = torch.tensor([[0, 1, 2, 0, 1, 1, 5], [3, 4, 5, 6, 7, 8, 9]])
-        expected = [[0, 3]] * 3 + [[3, 5]] * 2 + [[5, 7]] * 2  # a gap starts no document
-        assert documents_of_positions(positions).tolist() == [expected, [[0, 7]] * 7]
-        assert documents_of_positions(torch.arange(5)[None] * 2) is None
-
     def test_of_lengths(self):
         bounds = torch.tensor([0, 2, 2, 3, 6])  # one document is empty
         ranges = documents_of_lengths(bounds, bounds.clone(), None, 2, 3)

@@ -212,7 +212,8 @@ class TestSequences:
     def test_packing(self, how):
         spy = Spy(2.0, 0.25)
         model, ids = patch_model(tiny_model("llama"), span_scaling=spy), tokens(1, LENGTH)
-        train_step(model, ids, **({"position_ids": POSITIONS.to(ids.device)} if how == "positions" else lengths()))
+        positions = {"position_ids": POSITIONS.to(ids.device), "use_cache": False}
+        train_step(model, ids, **(positions if how == "positions" else lengths()))
         shapes = [shape for n in (15, 1, 24) for shape in ((4, n, 16), (2, n, 16), (2, n, 16))]
         assert sorted(spy.seen) == sorted(2 * shapes)
 
