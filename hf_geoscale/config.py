@@ -1,7 +1,9 @@
 """The one configuration object of the package, and what it is made of."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 if TYPE_CHECKING:
     from .stability.span import SpanScaling
@@ -139,3 +141,62 @@ class GeoScaleConfig:
                 raise TypeError(
                     f"span_scaling must be a SpanScaling, such as SpanScaling(1.5, 1.0), or None, got {self.span_scaling!r}"
                 )
+
+
+class GeoScaleOverrides(TypedDict, total=False):
+    """Fields of `GeoScaleConfig` as keyword arguments, for type checkers and editors."""
+
+    scaling: Scaling
+    quantize_logits: bool
+    bound: Bound
+    auto_alpha: AutoAlpha
+    delayed: Delayed
+    headroom: float
+    incoherent: bool
+    precision: Precision
+    backend: Backend
+    fused_front_end: bool
+    fallback: Fallback | None
+    observe_logits: bool
+    failure_prob: float
+    max_length: int | None
+    span_scaling: "SpanScaling | None"
+
+
+def resolve_config(config: Any, overrides: Mapping[str, Any], caller: str) -> GeoScaleConfig:
+    """The configuration that a function was given: `config`, or the default, with these fields changed.
+
+    Args:
+        caller: the function's name, for messages.
+    Raises:
+        TypeError: `config` is no GeoScaleConfig, or an override is no field of one. ValueError: a bad value.
+    """
+    known = [f.name for f in fields(GeoScaleConfig)]
+    for name in overrides:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise TypeError(
+                f"{caller}() got an unexpected keyword argument {name!r}{hint} Fields of GeoScaleConfig: {', '.join(known)}"
+            )
+    if config is None:
+        config = GeoScaleConfig()
+    if not isinstance(config, GeoScaleConfig):
+        raise TypeError(f"{caller}: config must be a GeoScaleConfig, got {_described(config)}")
+    return replace(config, **overrides)
+
+
+_CHOICES = {"scaling": Scaling, "bound": Bound, "precision": Precision, "backend": Backend, "fallback": Fallback}
+
+
+def _described(config: object) -> str:
+    """A wrong `config`, and how to write it."""
+    if isinstance(config, str):
+        named = [f"{field}={config!r}" for field, allowed in _CHOICES.items() if config in get_args(allowed)]
+        how = f"write {' or '.join(named)}" if named else "fields are given by name, such as precision='high'"
+        return f"{config!r}; {how}"
+    if isinstance(config, Mapping):
+        return f"a {type(config).__name__}; write GeoScaleConfig(**options), or pass the options as keywords: **options"
+    if config is GeoScaleConfig:
+        return "the class itself; write GeoScaleConfig()"
+    return f"{config!r}; fields are given by name, such as precision='high'"
