@@ -1,7 +1,7 @@
 """The attention function registered with transformers as `geoscale`."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -107,6 +107,14 @@ def _named(scales: QuantScales) -> dict[str, Any]:
         "v_quant_scale": scales.v,
         "logit_quant_scale": scales.logit,
     }
+
+
+def _for_softmax_scale(scales: QuantScales, layer: GeoScaleLayer, softmax_scale: float) -> QuantScales:
+    """Scales of logits with the factor of this call, where they were made from the weights and the factor known at patching."""
+    measured = None if layer.geometry is None else layer.geometry.softmax_scale
+    if scales.logit is None or layer.config.scaling != "geometry" or not measured or softmax_scale in (0.0, measured):
+        return scales
+    return replace(scales, logit=scales.logit * abs(measured / softmax_scale))
 
 
 def _layer_of(module: nn.Module) -> GeoScaleLayer:
@@ -268,6 +276,8 @@ def geoscale_attention_forward(
         return _delegate(layer, "uncertified cache", module, query, key, value, attention_mask, **sdpa)
     layer.calls += 1
     layer.fused_calls += rotary is not None or packed is not None
-    out: Any = attend(**_named(scales), dropout_p=dropout, statistics=layer.statistics)
+    out: Any = attend(
+        **_named(_for_softmax_scale(scales, layer, scaling)), dropout_p=dropout, statistics=layer.statistics
+    )
     layer.observe(scales)
     return out.transpose(1, 2).contiguous(), None

@@ -25,6 +25,8 @@ _WRAPPERS = {
 }
 """By the end of a name: the decorator's function that may stand around it."""
 
+_PACKAGES = frozenset(RELEASES)
+
 _NO_GRAD = "torch.utils._contextlib"
 """The module of torch whose function `torch.no_grad()` puts around another."""
 
@@ -135,18 +137,20 @@ def fills_plainly(cache: Any, layer: int) -> bool:
 
 
 def _unknown(function: Any, what: str, name: str) -> str:
-    module = origin(function)
-    package = module.partition(".")[0]
-    if package not in ("transformers", "liger_kernel"):
-        return f"{module} replaced {what}"
+    """Why a function is not known, in words: whose it is, or which release of upstream's it is not of."""
     found = fingerprint(function)
+    modules = [origin(function)] if found is None else [origin(layer) for layer in found.functions]
+    foreign = [m for m in modules if m != _NO_GRAD and m.partition(".")[0] not in _PACKAGES]
+    if foreign:
+        return f"{foreign[0]} replaced {what}"
     if found is None or None in found.digests:
         return f"the source of {name} cannot be read"
-    wrapper = next((origin(f) for f in found.functions[:-1] if not origin(f).startswith("transformers.")), None)
-    if wrapper is not None:
-        return f"{wrapper} wrapped {what}"
+    package = modules[-1].partition(".")[0]
+    return f"{name} ({package} {_installed(package)}) is none of those known, of {package} {RELEASES[package]}"
+
+
+def _installed(package: str) -> str:
     try:
-        installed = version(package.replace("_", "-"))
+        return version(package.replace("_", "-"))
     except PackageNotFoundError:
-        installed = "here"
-    return f"{name} ({package} {installed}) is none of those known, of {package} {RELEASES[package]}"
+        return "of no installed package"
