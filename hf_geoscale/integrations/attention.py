@@ -1,7 +1,7 @@
 """The attention function registered with transformers as `geoscale`."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from ..kernels.attention import kernel_operand
 from ..kernels.hadamard import hadamard
 from ..kernels.qk_norm import QKNorm, normalise_and_rotate
 from ..scaling import E4M3, QuantScales
-from .keywords import refuse_paged_cache
+from .keywords import NOT_HONOURED, keywords_of_losses, parameters, refuse_paged_cache, unknown_keywords
 from .layer import GeoScaleLayer
 from .masks import CONTINUATION_ROWS, is_key_range, visibility_of_call
 from .softcap import softcap_attention_forward
@@ -23,13 +23,8 @@ from .spans import refuse_unknown_sequences, scales_spans, with_scaled_spans
 
 logger = logging.getLogger(__name__)
 
-# Keyword arguments of the attention interface that change the result and that neither FP8 attention nor SDPA has.
-_NOT_HONOURED = {
-    "position_bias": "a position bias on the logits",
-    "s_aux": "attention sinks",
-    "head_mask": "a head mask",
-    "output_attentions": "returned attention probabilities",
-}
+_OF_SDPA = parameters(sdpa_attention_forward)
+"""What SDPA of this transformers release can honour, in calls that are handed over to it."""
 
 
 def _delegate(
@@ -114,6 +109,14 @@ def _named(scales: QuantScales) -> dict[str, Any]:
     }
 
 
+def _for_softmax_scale(scales: QuantScales, layer: GeoScaleLayer, softmax_scale: float) -> QuantScales:
+    """Scales of logits with the factor of this call, where they were made from the weights and the factor known at patching."""
+    measured = None if layer.geometry is None else layer.geometry.softmax_scale
+    if scales.logit is None or layer.config.scaling != "geometry" or not measured or softmax_scale in (0.0, measured):
+        return scales
+    return replace(scales, logit=scales.logit * abs(measured / softmax_scale))
+
+
 def _layer_of(module: nn.Module) -> GeoScaleLayer:
     layer = getattr(module, "geoscale", None)
     if not isinstance(layer, GeoScaleLayer):
@@ -125,15 +128,43 @@ def _layer_of(module: nn.Module) -> GeoScaleLayer:
     return layer
 
 
-def _refuse_options(layer: GeoScaleLayer, options: dict[str, Any], cached: bool) -> None:
-    """Raise UnsupportedAttentionError for an option that changes the result and that we do not have."""
-    for name, what in _NOT_HONOURED.items():
-        if options.get(name) is not None and options[name] is not False:
-            raise UnsupportedAttentionError(
-                f"FP8 attention cannot honour {what} ({layer.name}), and neither can SDPA. Do without, or unpatch the model "
-                'and use attn_implementation="eager"'
-            )
+def _unknown_to(layer: GeoScaleLayer, options: dict[str, Any]) -> str | None:
+    """Why a call's keywords send it to SDPA; None where they do not. A later transformers may pass what changes the result.
+
+    Raises:
+        UnsupportedAttentionError: a keyword that neither FP8 attention nor SDPA has, or, unless fallback="sdpa", that is unknown.
+    """
     refuse_paged_cache(options, layer.name)
+    names = unknown_keywords(options)
+    for name in names:
+        if name in NOT_HONOURED and name not in _OF_SDPA:
+            raise UnsupportedAttentionError(
+                f"FP8 attention cannot honour {NOT_HONOURED[name]} ({layer.name} got {name}), and neither can SDPA. Do without, or "
+                'unpatch the model and use attn_implementation="eager"'
+            )
+    names = sorted(set(names) - keywords_of_losses(layer.enclosing)) if names else []
+    if not names:
+        return None
+    if layer.config.fallback != "sdpa":
+        raise UnsupportedAttentionError(
+            f"FP8 attention does not know the keyword {', '.join(names)} ({layer.name}), which may change the result. Leave it out "
+            "of the call, name it in the signature of model.loss_function if it is the loss's, or patch with fallback='sdpa' to "
+            "run such calls on SDPA"
+        )
+    return f"its keyword {', '.join(names)}"
+
+
+def _refuse_changed(module: nn.Module, layer: GeoScaleLayer) -> None:
+    """Raise UnsupportedAttentionError where a compiled graph holds a fused forward that upstream's code has left behind."""
+    forward: Any = module.__dict__.get("forward")
+    unknown = forward.unknown(module, layer.site.rotary) if hasattr(forward, "unknown") else None
+    if unknown is not None:
+        raise UnsupportedAttentionError(
+            f"{unknown} ({layer.name}), since the model was compiled. Call torch.compiler.reset(), so that it is compiled again"
+        )
+
+
+def _refuse_cached_documents(layer: GeoScaleLayer, options: dict[str, Any], cached: bool) -> None:
     if cached and options.get("cu_seq_lens_q") is not None:
         raise UnsupportedAttentionError(
             f"cu_seq_lens_q says nothing of the keys in a cache ({layer.name}): pass packed documents without past_key_values"
@@ -165,6 +196,7 @@ def geoscale_attention_forward(
     rotary: tuple[Tensor, Tensor] | None = None,  # cos, sin (B or 1, L, R/2)
     qk_norm: QKNorm | None = None,
     packed: Tensor | tuple[Tensor, Tensor, Tensor] | None = None,  # (B, L, (Hq + 2·Hkv)·D), or (B, L, H·D) each
+    traced: bool = False,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """FP8 attention of a patched layer, in the attention interface's form: ((B, Lq, Hq, D), None).
@@ -172,9 +204,9 @@ def geoscale_attention_forward(
     Decoding runs on SDPA, counted as "kv_cache": fewer than CONTINUATION_ROWS query rows after a past. More rows run in FP8 where
     the cached keys and values fit the certificates, and on SDPA, counted as "uncertified cache", where they do not. A mask that
     cannot be honoured exactly raises UnsupportedAttentionError, or runs on SDPA, counted, with fallback="sdpa". SDPA has no soft
-    cap: calls with one run in plain PyTorch instead (`softcap_attention_forward`). `rotary`, `qk_norm` and `packed` come from the
-    forwards of `front_end`: query and key are yet to be normalised and rotated; query, key and value are views of one tensor, or
-    of one each.
+    cap: calls with one run in plain PyTorch instead (`softcap_attention_forward`). `rotary`, `qk_norm`, `packed` and `traced` come
+    from the forwards of `front_end`: query and key are yet to be normalised and rotated; query, key and value are views of one
+    tensor, or of one each; and a compiler wrote down that forward earlier.
 
     Raises:
         UnsupportedModelError: the module was never patched.
@@ -183,7 +215,10 @@ def geoscale_attention_forward(
     """
     layer, (batch, _, rows, _), keys = _layer_of(module), query.shape, key.shape[2]
     scaling = layer.site.softmax_scale if scaling is None else scaling
-    _refuse_options(layer, kwargs, rows != keys)
+    if traced:
+        _refuse_changed(module, layer)
+    unknown = _unknown_to(layer, kwargs)
+    _refuse_cached_documents(layer, kwargs, rows != keys)
     scaled = scales_spans(layer, query, key, value)
     # Spans, and scales that look at activations, are those of rotated operands; a fused forward that somebody wrapped stays.
     if scaled or layer.config.scaling != "geometry":
@@ -198,6 +233,10 @@ def geoscale_attention_forward(
         "qk_norm": qk_norm,
         **kwargs,
     }
+    if unknown is not None:
+        if scaled:
+            refuse_unknown_sequences(layer, unknown)
+        return _delegate(layer, unknown, module, query, key, value, attention_mask, **sdpa)
     if _decodes(query, key, attention_mask):
         if scaled:
             refuse_unknown_sequences(layer, f"{rows} tokens after a cache of {keys - rows}")
@@ -237,6 +276,8 @@ def geoscale_attention_forward(
         return _delegate(layer, "uncertified cache", module, query, key, value, attention_mask, **sdpa)
     layer.calls += 1
     layer.front_end_calls += rotary is not None or packed is not None
-    out: Any = attend(**_named(scales), dropout_p=dropout, statistics=layer.statistics)
+    out: Any = attend(
+        **_named(_for_softmax_scale(scales, layer, scaling)), dropout_p=dropout, statistics=layer.statistics
+    )
     layer.observe(scales)
     return out.transpose(1, 2).contiguous(), None

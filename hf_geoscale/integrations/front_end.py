@@ -1,13 +1,15 @@
 """Forwards that hand the projections' raw output to FP8 attention, which applies RoPE, and Qwen3's norms, as it quantises.
 
 Transformers' own forwards rotate q and k in about ten elementwise passes over memory, and autograd keeps what they return. These do
-what the originals do, without those passes. `patch_model` gives them to single attention modules; a call that they do not serve
-(one that reads a cache) goes through the original forward and the attention interface.
+what the originals do, without those passes. `patch_model` gives them to single attention modules whose class's forward is one that
+they were written for (`recognition`); a call that they do not serve (one that reads a cache, or has a keyword that is not known)
+goes through the original forward and the attention interface.
 """
 
-import inspect
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,29 +18,44 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..kernels.checks import SMALLEST_NORMAL
 from ..kernels.qk_norm import QKNorm, rms_norm
 from ..kernels.rotary import rotate
-from .keywords import CACHE_NAMES, cache_of
+from . import recognition
+from .keywords import CACHE_NAMES, cache_of, unknown_keywords
 from .layer import GeoScaleLayer
 from .projections import is_bare, project
+from .refresh import RefreshGroup
 
 NAME = "geoscale"
 """The attention implementation's name in transformers, on the attention and on the mask interface."""
 
 
+FUSED = "fused"
+"""`GeoScaleLayer.front_end` of a layer with a fused forward; any other says why it has none."""
+
+logger = logging.getLogger(__name__)
+
+_warned: WeakKeyDictionary[RefreshGroup, set[str]] = WeakKeyDictionary()
+"""What was said of each model already."""
+
+
 def _is_patched(attention: Any) -> bool:
+    """Whether this module carries our state, and its own config says that our attention is to run."""
     patched = isinstance(attention.__dict__.get("geoscale"), GeoScaleLayer)
-    return patched and attention.config._attn_implementation == NAME
+    return patched and getattr(getattr(attention, "config", None), "_attn_implementation", None) == NAME
 
 
 def _is_only_filled(attention: Any, past: Any) -> bool:
     """Whether this call does no more with a cache than fill it: the one that models make for themselves in training, unasked."""
-    training = attention.training and torch.is_grad_enabled()
-    return training and type(past).__name__ == "DynamicCache" and past.get_seq_length(attention.layer_idx) == 0
+    if not (attention.training and torch.is_grad_enabled() and recognition.fills_plainly(past, attention.layer_idx)):
+        return False
+    return past.get_seq_length(attention.layer_idx) == 0
 
 
 def _attend(attention: Any, operands: Iterable[Tensor], mask: Tensor | None, **options) -> Tensor:
     """O of q, k and v (B, L, H, D), as (B, L, Hq·D)."""
     heads_first = (x.transpose(1, 2) for x in operands)
-    out, _ = ALL_ATTENTION_FUNCTIONS[NAME](attention, *heads_first, mask, **options)
+    out, _ = ALL_ATTENTION_FUNCTIONS[NAME](
+        attention, *heads_first, mask, traced=torch.compiler.is_compiling(), **options
+    )
     return out.flatten(2)
 
 
@@ -48,19 +65,9 @@ def _halves(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]
     return cos[..., : cos.shape[-1] // 2], sin[..., : sin.shape[-1] // 2]
 
 
-_RMS_NORMS = frozenset(("Qwen3RMSNorm", "Qwen3MoeRMSNorm", "Dots1RMSNorm", "MellumRMSNorm"))
-"""Classes whose forward is `kernels.qk_norm.rms_norm`."""
-
-
 def _is_plain_norm(norm: Any) -> bool:
-    """Whether a call of this module runs transformers' own forward of an RMS norm and nothing around it, hook or wrapper."""
-    kind = type(norm)
-    return (
-        kind.__name__ in _RMS_NORMS
-        and kind.__module__.startswith("transformers.")
-        and _origin(kind.forward).startswith("transformers.")
-        and is_bare(norm)
-    )
+    """Whether a call of this module runs an RMS norm as our kernels compute it, and nothing around it, hook or wrapper."""
+    return recognition.is_known_norm(norm) and is_bare(norm)
 
 
 def _qk_norm(attention: Any) -> QKNorm | None:
@@ -75,23 +82,50 @@ def _qk_norm(attention: Any) -> QKNorm | None:
 class FusedForward:
     """What replaces `forward` of one attention module: an object, so that copying and pickling the model take it along.
 
-    Calls that `serves` declines, and those with more than the hidden states by position, run the forward of the module's class.
+    Calls that `serves` declines, those with more than the hidden states by position, and all calls while upstream's code is other
+    than what this was written for run the forward of the module's class.
     """
+
+    keywords = frozenset((*CACHE_NAMES, "hidden_states", "attention_mask", "is_causal"))
+    """What the fused forward reads. Any other keyword, unless it is ignorable, is for the class's own forward to understand."""
 
     def __init__(self, attention: Any):
         self.attention = attention
 
     def __call__(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        if len(args) > 1 or not _is_patched(self.attention) or not self.serves(kwargs):
-            return type(self.attention).forward(self.attention, *args, **kwargs)
+        attention = self.attention
+        if len(args) > 1 or not (_is_patched(attention) and self.serves(kwargs) and self._is_recognised()):
+            return type(attention).forward(attention, *args, **kwargs)
         hidden_states = args[0] if args else kwargs.pop("hidden_states")
         past = cache_of(kwargs)
         for name in CACHE_NAMES:
             kwargs.pop(name, None)
         return self.fused(hidden_states, past, **kwargs), None
 
+    def _is_recognised(self) -> bool:
+        """Whether upstream's code is still known; `layer.front_end` says what is not, and a warning, once a model.
+
+        A compiler takes what was true of the last call. The attention function, which it leaves to Python, looks again.
+        """
+        layer = self.attention.geoscale
+        if torch.compiler.is_compiling():
+            return layer.front_end == FUSED
+        unknown = self.unknown(self.attention, layer.site.rotary)
+        if layer.front_end != (unknown or FUSED):
+            layer.front_end = unknown or FUSED
+            if unknown is not None:
+                _warn([layer])
+        return unknown is None
+
+    @classmethod
+    def unknown(cls, attention: Any, rotary: Sequence[Any]) -> str | None:
+        """What upstream code is not what this was written for, in words; None where all of it is."""
+        return recognition.unknown_forward(type(attention))
+
     def serves(self, call: dict[str, Any]) -> bool:
         """Whether the fused forward does what this call asks for."""
+        if not self.keywords.issuperset(unknown_keywords(call)):
+            return False
         past = cache_of(call)
         return past is None or _is_only_filled(self.attention, past)
 
@@ -101,6 +135,16 @@ class FusedForward:
 
 class LlamaForward(FusedForward):
     """Of LlamaAttention."""
+
+    keywords = FusedForward.keywords | {"position_embeddings"}
+    normalises = False
+    """Whether the class's own forward has a norm of each head's q and k."""
+
+    @classmethod
+    def unknown(cls, attention: Any, rotary: Sequence[Any]) -> str | None:
+        kind = type(attention)
+        unknown = super().unknown(attention, rotary) or recognition.unknown_rotation(kind)
+        return unknown or recognition.unknown_rotary(rotary)
 
     def serves(self, call: dict[str, Any]) -> bool:
         angles = call.get("position_embeddings")
@@ -116,7 +160,7 @@ class LlamaForward(FusedForward):
         rows: Any = project(hidden_states, (module.q_proj, module.k_proj, module.v_proj))
         query, key, value = rows[0].view(shape), rows[1].view(shape), rows[2].view(shape)
         qk_norm = None
-        if hasattr(module, "q_norm"):
+        if self.normalises:
             qk_norm = _qk_norm(module)
             if qk_norm is None:
                 query, key, rows = module.q_norm(query), module.k_norm(key), None
@@ -138,17 +182,22 @@ class MistralForward(LlamaForward):
 
 
 class QwenForward(LlamaForward):
-    """Of Qwen2Attention and Qwen3Attention, and of classes with the latter's code under other names."""
+    """Of Qwen2Attention."""
 
     def window(self) -> int | None:
         return self.attention.sliding_window
 
 
+class Qwen3Forward(QwenForward):
+    """Of Qwen3Attention, and of classes with its code under other names."""
+
+    normalises = True
+
+
 class GPT2Forward(FusedForward):
     """Of GPT2Attention, without cross-attention: c_attn's output goes in undivided, and gets one gradient."""
 
-    def serves(self, call: dict[str, Any]) -> bool:
-        return call.get("encoder_hidden_states") is None and super().serves(call)
+    keywords = FusedForward.keywords | {"encoder_attention_mask", "output_attentions"}
 
     def fused(self, hidden_states: Tensor, past: Any, **kwargs) -> Tensor:
         module, mask = self.attention, kwargs.pop("attention_mask", None)
@@ -159,6 +208,7 @@ class GPT2Forward(FusedForward):
         if past is not None:
             past.update(parts[1].transpose(1, 2), parts[2].transpose(1, 2), module.layer_idx)
         kwargs |= {"dropout": module.attn_dropout.p if module.training else 0.0, "packed": packed}
+        kwargs["scaling"] = getattr(module, "scaling", None)  # since transformers 5.4; the layer knows it before
         return module.resid_dropout(module.c_proj(_attend(module, parts, mask, **kwargs)))
 
 
@@ -166,17 +216,21 @@ FORWARDS: dict[str, type[FusedForward]] = {
     "LlamaAttention": LlamaForward,
     "MistralAttention": MistralForward,
     "Qwen2Attention": QwenForward,
-    "Qwen3Attention": QwenForward,
-    "Qwen3MoeAttention": QwenForward,
-    "Dots1Attention": QwenForward,
-    "MellumAttention": QwenForward,
+    "Qwen3Attention": Qwen3Forward,
+    "Qwen3MoeAttention": Qwen3Forward,
+    "Dots1Attention": Qwen3Forward,
+    "MellumAttention": Qwen3Forward,
     "GPT2Attention": GPT2Forward,
 }
-"""By the name of the attention class in transformers."""
+"""By the name of the class whose `forward` an attention runs. The name only says which code to expect; `recognition` compares."""
 
 
-def why_not(layer: GeoScaleLayer) -> str | None:
-    """Why a layer's calls go through the attention interface; None where they need not."""
+def _forward_of(attention: Any) -> type[FusedForward] | None:
+    return FORWARDS.get(recognition.owner_of_forward(type(attention)).__name__)
+
+
+def _not_wanted(layer: GeoScaleLayer) -> str | None:
+    """Why a layer has no use for a fused forward; None where it has one."""
     attention, config = layer.site.attention, layer.config
     if not config.fused_front_end:
         return "fused_front_end=False"
@@ -184,35 +238,49 @@ def why_not(layer: GeoScaleLayer) -> str | None:
         return f"scaling={config.scaling!r} looks at rotated queries and keys"
     if config.span_scaling is not None and not config.span_scaling.is_identity:
         return "span scaling looks at rotated queries and keys"
-    kind = type(attention)
-    if kind.__name__ not in FORWARDS or not kind.__module__.startswith("transformers."):
-        return f"{kind.__name__} has no fused forward"
+    return None if _forward_of(attention) else f"{type(attention).__name__} has no fused forward"
+
+
+def _not_recognised(layer: GeoScaleLayer, forward: type[FusedForward]) -> str | None:
+    """Why a fused forward would not do what the layer does; None where it would."""
+    attention = layer.site.attention
     own = attention.__dict__.get("forward")
     if own is not None and not isinstance(own, FusedForward):
-        return f"{_origin(own)} wrapped or replaced its forward"
-    if not _origin(kind.forward).startswith("transformers."):
-        return f"{_origin(kind.forward)} replaced its forward"
-    rotates = inspect.unwrap(kind.forward).__globals__.get("apply_rotary_pos_emb")
-    if rotates is not None and not _origin(rotates).startswith(("transformers.", "liger_kernel.")):
-        return f"{_origin(rotates)} replaced apply_rotary_pos_emb"
-    for rotary in layer.site.rotary:
-        if not type(rotary).__module__.startswith("transformers."):
-            return f"its {type(rotary).__name__} is not of transformers"
-    return None
+        return f"{recognition.origin(own)} wrapped or replaced its forward"
+    return forward.unknown(attention, layer.site.rotary)
 
 
-def _origin(function: Any) -> str:
-    """The Python module whose code runs; `functools.wraps` copies everything but a function's globals."""
-    function = getattr(function, "__func__", function)
-    return getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+def install(layers: Iterable[GeoScaleLayer]) -> None:
+    """Give each layer's attention module its fused forward, where there is one for it; `layer.front_end` says what became of it.
+
+    Logs one warning a reason where there is one, but upstream's code or somebody's wrapper stands against it.
+    """
+    declined: dict[str, list[GeoScaleLayer]] = {}
+    for layer in layers:
+        attention, reason = layer.site.attention, _not_wanted(layer)
+        if reason is None:
+            forward: Any = _forward_of(attention)
+            reason = _not_recognised(layer, forward)
+            if reason is None:
+                attention.forward = forward(attention)
+            else:
+                declined.setdefault(reason, []).append(layer)
+        layer.front_end = reason or FUSED
+    for of_one_reason in declined.values():
+        _warn(of_one_reason)
 
 
-def install(layer: GeoScaleLayer) -> None:
-    """Give the layer's attention module its fused forward, where there is one for it; `layer.front_end` says what became of it."""
-    attention, reason = layer.site.attention, why_not(layer)
-    layer.front_end = reason or "fused"
-    if reason is None:
-        attention.forward = FORWARDS[type(attention).__name__](attention)
+def _warn(layers: list[GeoScaleLayer]) -> None:
+    first = layers[0]
+    said = _warned.setdefault(first.group, set())
+    if first.front_end not in said:
+        said.add(first.front_end)
+        logger.warning(
+            "geoscale: %s%s runs through transformers' attention interface, without the fused front end: %s",
+            first.name,
+            f" (and {len(layers) - 1} more)" if len(layers) > 1 else "",
+            first.front_end,
+        )
 
 
 def remove(attention: Any) -> None:

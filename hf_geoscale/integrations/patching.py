@@ -207,8 +207,7 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
             f"{type(model).__name__} does not use transformers' attention interface; it cannot be patched"
         )
     _warn_of_replaced_forwards(layers)
-    for layer in layers:
-        front_end.install(layer)
+    front_end.install(layers)
     return outer
 
 
