@@ -15,19 +15,44 @@ from .norms import gain_and_shift
 from .refusals import REFUSED
 from .residual import ResidualStream, residual_stream
 from .sharding import attribute, shards_followed, submodules
+from .upward import Upward, upward_to
 from .versions import module_versions, plain_versions
 from .weights import EffectiveWeight, effective_weight
 
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention layer in its model. Modules are looked up at each use, so wrapping or replacing them later is seen."""
+    """One attention layer in its model. Modules are looked up at each use, so wrapping or replacing them later is seen.
+
+    Block and model are not kept alive. A layer that was copied or pickled alone has no model, and an attention no block.
+    """
 
     family: str
     layer: int
-    block: Any  # the decoder block that holds the norm and the attention
+    upward: Upward  # to the decoder block that holds the norm and the attention
+    home: Upward  # to the model
     rotary: tuple[Any, ...]  # the model's rotary embeddings
     stream: ResidualStream | None = None  # what enters the attention where no norm layer precedes it
+
+    @property
+    def block(self) -> Any:
+        """Raises UnsupportedModelError for an attention without its block."""
+        if (block := self.upward()) is None:
+            raise UnsupportedModelError(
+                f"{self.describe('the attention')} was copied out of its decoder block, whose norm bounds its tokens; call "
+                "hf_geoscale.patch_model(model) on the model that it is in now"
+            )
+        return block
+
+    @property
+    def model(self) -> Any:
+        """None for a layer without its model."""
+        return self.home()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all modules around the attention that decide its certificates are known."""
+        return self.upward() is not None and self.home() is not None
 
     @property
     def attention(self) -> Any:
@@ -145,9 +170,13 @@ def attention_sites(model: Any) -> Iterator[AttentionSite]:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no decoder block with {family.attention} and {family.input_norm}"
         )
+    home, upwards = (
+        upward_to(model),
+        [upward_to(block) for block in blocks],
+    )  # one a module, which copies follow together
     for index, block in enumerate(blocks):
-        stream = residual_stream(model, blocks[:index], family.post_norms) if family.post_norms else None
-        site = AttentionSite(model_type, index, block, rotary, stream)
+        stream = residual_stream(home, upwards[:index], family.post_norms) if family.post_norms else None
+        site = AttentionSite(model_type, index, upwards[index], home, rotary, stream)
         if getattr(block, "do_layer_norm_before", True) is False:  # OPT-350m
             raise UnsupportedModelError(
                 f"{_describe(site, family.input_norm)} follows the attention (do_layer_norm_before=False), so nothing bounds "

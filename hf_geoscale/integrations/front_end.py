@@ -8,6 +8,7 @@ what the originals do, without those passes. `patch_model` gives them to single 
 import inspect
 from collections.abc import Iterable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -16,12 +17,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..kernels.checks import SMALLEST_NORMAL
 from ..kernels.qk_norm import QKNorm, rms_norm
 from ..kernels.rotary import rotate
+from ..registration import NAME
+from .implementation import notice_another
 from .keywords import CACHE_NAMES, cache_of
 from .layer import GeoScaleLayer
 from .projections import is_bare, project
-
-NAME = "geoscale"
-"""The attention implementation's name in transformers, on the attention and on the mask interface."""
 
 
 def _is_patched(attention: Any) -> bool:
@@ -79,10 +79,18 @@ class FusedForward:
     """
 
     def __init__(self, attention: Any):
-        self.attention = attention
+        self._attention = ref(attention)  # which holds this: a reference that kept it alive would close a cycle
+
+    @property
+    def attention(self) -> Any:
+        return self._attention()
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.attention,)
 
     def __call__(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         if len(args) > 1 or not _is_patched(self.attention) or not self.serves(kwargs):
+            notice_another(self.attention, kwargs.get("attention_mask"))
             return type(self.attention).forward(self.attention, *args, **kwargs)
         hidden_states = args[0] if args else kwargs.pop("hidden_states")
         past = cache_of(kwargs)
