@@ -120,8 +120,16 @@ class GeoScaleLayer(PatchedLayer):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy: its weights have other addresses and other modules around them."""
-        return self.__dict__ | {"_enclosing": None, "weights_version": None, "follows_shards": False, "at_home": False}
+        """Of a copy or a pickle: its first forward measures its own weights, and it counts its own calls.
+
+        So no tensor is shared with the original, whose counters are written in place, and none needs a file descriptor on the
+        way to another process.
+        """
+        of_these_weights = ("geometry", "weights_version", "sigma_before", "_measured", "_enclosing")
+        counted = {"calls": 0, "fused_calls": 0, "delegated": Counter(), "observed": {}, "utilisation": Utilisation()}
+        counted["statistics"] = AttentionStatistics(self.config.observe_logits)
+        state = self.__dict__ | dict.fromkeys(of_these_weights) | counted
+        return state | {"follows_shards": False, "at_home": False}
 
     def move(self, site: AttentionSite) -> None:
         """Take this for the place of the attention: it was copied, or other layers were put in front of it."""
