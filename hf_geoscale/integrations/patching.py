@@ -75,7 +75,7 @@ def _count_unsupported(model: PreTrainedModel, config: GeoScaleConfig, error: Un
         layer = PatchedLayer(config, type(module).__name__, model.config.model_type, str(error))
         layer.hooks.append(module.register_forward_pre_hook(layer.count_unsupported))
         _attach(module, layer)
-    logger.warning("geoscale: attention stays %r, counted in geometry_report: %s", implementation, error)
+    logger.warning("geoscale: attention stays %r, counted in geometry_report: %s", implementation, str(error))
 
 
 def _attach(module: Any, layer: PatchedLayer) -> None:
