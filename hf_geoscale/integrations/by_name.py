@@ -20,9 +20,10 @@ from ..errors import UnsupportedModelError
 from ..registration import NAME
 from . import front_end
 from .attention import geoscale_attention_forward
+from .implementation import watch
 from .layer import GeoScaleLayer, PatchedLayer
 from .masks import geoscale_mask
-from .patched import patched_modules
+from .patched import PATCHED, patched_layers, patched_modules
 from .patching import patch_model
 from .running import running_models, runs_compiled
 from .scales import settle_in
@@ -40,9 +41,12 @@ def attention_by_name(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     """`geoscale_attention_forward`, after patching the model of a module that nobody patched."""
     if may_be_transformed(query):
         refuse_transforms(query, key, value)
-    layer = module.__dict__.get("geoscale")
-    if layer is None or not layer.at_home:
-        _find_home(module, layer)
+    try:
+        at_home = module.__dict__["geoscale"].at_home
+    except KeyError:
+        at_home = False
+    if not at_home:
+        _find_home(module, module.__dict__.get("geoscale"))
     return geoscale_attention_forward(module, query, key, value, mask, **kwargs)
 
 
@@ -51,7 +55,7 @@ def mask_by_name(*args, config: Any = None, **kwargs):
     refuse_transforms()
     if config is not None and _patched_configs.get(id(config)) is not config:
         with _patching:
-            _patch_before_first_layer(config)
+            _patch_before_first_layer()
     return geoscale_mask(*args, config=config, **kwargs)
 
 
@@ -63,13 +67,12 @@ def _candidates(inner: nn.Module | None) -> list[PreTrainedModel]:
     return [model for model in reversed(named) if any(module is inner for module in model.modules())]
 
 
-def _patch_before_first_layer(config: Any) -> None:
+def _patch_before_first_layer() -> None:
     models = _candidates(None)
     if not models:
         return  # a mask that somebody makes outside a forward
     if not _is_patched(models[0]):
         _patch(models[0])
-    _patched_configs[id(config)] = config
     for model in models:
         _patched_configs[id(model.config)] = model.config
 
@@ -79,7 +82,11 @@ def _is_patched(model: nn.Module) -> bool:
 
 
 def _find_home(module: nn.Module, layer: PatchedLayer | None) -> None:
-    """Patch the running model with this attention in it; a layer that was copied into a patched model takes its place there."""
+    """Patch the running model with this attention in it; a layer that was copied into a patched model takes its place there.
+
+    Raises:
+        UnsupportedModelError: nothing patches this attention.
+    """
     with _patching:
         models = _candidates(module)
         if isinstance(layer, GeoScaleLayer):
@@ -87,14 +94,25 @@ def _find_home(module: nn.Module, layer: PatchedLayer | None) -> None:
                 settle_in(models[0])
             layer.at_home = layer.site.is_whole
             return
-        if "geoscale" in module.__dict__ or not models:
-            return  # another thread was faster; or the attention says that it was never patched
-        if _is_patched(models[0]):
-            return
-        _patch(models[0])
+        if "geoscale" in module.__dict__:
+            return  # another thread was faster
+        if not models:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} runs with attn_implementation={NAME!r} but was never patched, and no transformers model that "
+                "could be patched is running around it: call hf_geoscale.patch_model(model)"
+            )
+        if not _is_patched(models[0]):
+            _patch(models[0])
         late = module.__dict__.get("geoscale")
-        if isinstance(late, GeoScaleLayer) and late.front_end == "fused":
+        if not isinstance(late, GeoScaleLayer):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} runs with attn_implementation={NAME!r}, but is no layer that FP8 attention runs in: it was "
+                f"added to the patched {type(models[0]).__name__}, or belongs to another tower. Call hf_geoscale.patch_model(model) "
+                "again, or set another implementation on its config"
+            )
+        if late.front_end == "fused":
             front_end.remove(module)
+            late.hooks.append(watch(module))
             late.front_end = "its first call, with a mask of the caller's own, came before the model was patched"
 
 
@@ -103,11 +121,17 @@ def _patch(model: PreTrainedModel) -> None:
     if getattr(model, "_is_replica", False):
         refuse_replicas()
     _refuse_prepared(model)
-    logger.info(
-        "geoscale: %s has attn_implementation=%r and is patched in its first forward, with the default configuration; for another "
+    used = [layer.config for other in list(PATCHED) if other is not model for layer in patched_layers(other)]
+    differs = any(config != GeoScaleConfig() for config in used)
+    logger.log(
+        logging.WARNING if differs else logging.INFO,
+        "geoscale: %s has attn_implementation=%r and is patched in its first forward, with the default configuration%s. For another "
         "one call hf_geoscale.patch_model(model, ...)",
         type(model).__name__,
         NAME,
+        "; another model here has another one (GeoScaleCallback().attach(trainer) gives a reference model its policy's)"
+        if differs
+        else "",
     )
     patch_model(model, GeoScaleConfig())
 

@@ -89,9 +89,10 @@ class FusedForward:
         return type(self), (self.attention,)
 
     def __call__(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        if len(args) > 1 or not _is_patched(self.attention) or not self.serves(kwargs):
-            notice_another(self.attention, kwargs.get("attention_mask"))
-            return type(self.attention).forward(self.attention, *args, **kwargs)
+        attention = self.attention
+        if len(args) > 1 or not _is_patched(attention) or not self.serves(kwargs):
+            notice_another(attention, kwargs.get("attention_mask"))
+            return type(attention).forward(attention, *args, **kwargs)
         hidden_states = args[0] if args else kwargs.pop("hidden_states")
         past = cache_of(kwargs)
         for name in CACHE_NAMES:

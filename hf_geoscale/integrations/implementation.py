@@ -102,12 +102,13 @@ def restore(module: nn.Module) -> None:
     found: list[Any] = [m for m in module.modules() if config_of(m) is not None]
     names = {id(m.config): m.__dict__[REPLACED] for m in found if REPLACED in m.__dict__}
     usual = next(iter(names.values()), None)
+    # a config that `switch` did not copy may be another model's, too
+    own_configs(module, [m.config for m in found if implementation_of(m) == NAME and id(m.config) not in names])
     for inner in found:
         inner.__dict__.pop(REPLACED, None)
-        if inner.config._attn_implementation == NAME:
-            inner.config._attn_implementation_internal = (
-                names.get(id(inner.config)) or usual or default_implementation(inner)
-            )
+        if implementation_of(inner) == NAME:
+            name = names.get(id(inner.config)) or usual or default_implementation(inner)
+            inner.config._attn_implementation_internal = name
 
 
 def notice_another(attention: Any, mask: Any) -> None:

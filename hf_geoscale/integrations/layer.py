@@ -126,7 +126,13 @@ class GeoScaleLayer(PatchedLayer):
         way to another process.
         """
         of_these_weights = ("geometry", "weights_version", "sigma_before", "_measured", "_enclosing")
-        counted = {"calls": 0, "fused_calls": 0, "delegated": Counter(), "observed": {}, "utilisation": Utilisation()}
+        counted = {
+            "calls": 0,
+            "front_end_calls": 0,
+            "delegated": Counter(),
+            "observed": {},
+            "utilisation": Utilisation(),
+        }
         counted["statistics"] = AttentionStatistics(self.config.observe_logits)
         state = self.__dict__ | dict.fromkeys(of_these_weights) | counted
         return state | {"follows_shards": False, "at_home": False}
@@ -138,8 +144,8 @@ class GeoScaleLayer(PatchedLayer):
 
     @property
     def elsewhere(self) -> str | None:
-        attention = None if self.site.upward() is None else self.site.attention
-        name = getattr(getattr(attention, "config", None), "_attn_implementation", NAME)
+        config = getattr(self.site.own.target(), "config", None)
+        name = getattr(config, "_attn_implementation", NAME)
         return None if name == NAME else f"its config says attn_implementation={name!r}"
 
     @property

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,6 +11,9 @@ from transformers import PreTrainedModel
 from .layer import GeoScaleLayer, PatchedLayer
 
 logger = logging.getLogger(__name__)
+
+PATCHED: WeakSet[nn.Module] = WeakSet()
+"""Models that `patch_model` was called on, as long as they live."""
 
 
 def patched_modules(model: nn.Module) -> Iterator[tuple[Any, PatchedLayer]]:

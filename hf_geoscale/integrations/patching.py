@@ -13,13 +13,14 @@ from ..config import GeoScaleConfig, resolve_config
 from ..errors import UnsupportedModelError
 from ..registration import NAME
 from . import front_end
-from .families import attention_sites
+from .families import AttentionSite, attention_sites
 from .implementation import restore, switch, watch
 from .layer import GeoScaleLayer, PatchedLayer, model_alpha_min
-from .patched import patched_layers, patched_modules, torch_module, transformers_model
+from .patched import PATCHED, patched_layers, patched_modules, torch_module, transformers_model
 from .refresh import Measurement, RefreshGroup
 from .residual import refuse_embeddings
 from .sharding import enclosing_modules, refuse_parallelism, refuse_replicas
+from .towers import refuse_by_tower
 from .upward import anchored, release
 from .zero3 import pass_by_position, refuse_prepared
 
@@ -99,13 +100,23 @@ def _is_complete(model: PreTrainedModel, config: GeoScaleConfig) -> bool:
     return [site.attention for site in sites] == [module for module, _ in patched_modules(model)]
 
 
-def _prepare(model: PreTrainedModel, config: GeoScaleConfig) -> tuple[list[GeoScaleLayer], Measurement | None]:
+def _sites(outer: nn.Module, model: PreTrainedModel) -> list[AttentionSite]:
+    try:
+        return list(attention_sites(model))
+    except UnsupportedModelError as error:
+        refuse_by_tower(outer, model, error)
+        raise
+
+
+def _prepare(
+    outer: nn.Module, model: PreTrainedModel, config: GeoScaleConfig
+) -> tuple[list[GeoScaleLayer], Measurement | None]:
     """States for every attention layer of a model, and the geometry of its weights; the model is only read.
 
     Raises:
         UnsupportedModelError, NonFiniteWeightsError: see `patch_model`.
     """
-    sites = list(attention_sites(model))
+    sites = _sites(outer, model)
     alpha = None
     if config.bound == "rank_aware":
         alpha = model_alpha_min(sites[0], len(sites), config)
@@ -155,7 +166,7 @@ def patch_model(model: Model, config: GeoScaleConfig | None = None, **overrides:
     if _is_complete(inner, config):
         return outer
     try:
-        layers, measurement = _prepare(inner, config)
+        layers, measurement = _prepare(outer, inner, config)
     except UnsupportedModelError as error:
         # with span scaling, attention that is left alone would go without it
         if config.fallback != "sdpa" or config.span_scaling is not None:
@@ -163,7 +174,8 @@ def patch_model(model: Model, config: GeoScaleConfig | None = None, **overrides:
         unpatch_model(inner)
         _count_unsupported(inner, config, error)
         return outer
-    unpatch_model(inner)
+    if patched_layers(inner):
+        unpatch_model(inner)
     switch(outer, inner, [layer.site.attention for layer in layers])
     if measurement is not None:
         measurement.install()
@@ -177,10 +189,12 @@ def patch_model(model: Model, config: GeoScaleConfig | None = None, **overrides:
 
 def _install(model: PreTrainedModel, layers: list[GeoScaleLayer]) -> None:
     """Give every attention module its state and forward, and the modules around it what copies find them by."""
+    PATCHED.add(model)
     RefreshGroup().join(layers)
     anchored(model, layers[0].site.home)
     for layer in layers:
         attention = layer.site.attention
+        anchored(attention, layer.site.own)
         anchored(layer.site.block, layer.site.upward)
         _attach(attention, layer)
         attention._replicate_for_data_parallel = refuse_replicas

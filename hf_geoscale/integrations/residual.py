@@ -75,7 +75,7 @@ def residual_stream(home: Upward, blocks: Sequence[Upward], names: tuple[str, ..
 
 def _around(upward: Upward) -> Any:
     """The module, while it is there."""
-    if (module := upward()) is None:
+    if (module := upward.target()) is None:
         raise UnsupportedModelError(
             "a layer without a norm in front was copied out of its model, whose embedding and earlier norms bound its tokens: "
             "call hf_geoscale.patch_model(model) on the model that it is in now"

@@ -33,6 +33,7 @@ def settle_in(model: nn.Module) -> None:
         if layer is not None:
             layer.move(site)
             layers.append(layer)
+            anchored(site.attention, site.own)
             anchored(site.block, site.upward)
             anchored(model, site.home)
     groups = [layer.group for layer in layers if layer.at_home]

@@ -5,9 +5,9 @@ sending one layer would take the whole model along. These references keep nothin
 copied module where it has that module, and leaves them unbound where it has not.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
-from weakref import ReferenceType, ref
+from weakref import ref
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -17,21 +17,22 @@ ATTRIBUTE = "geoscale_anchor"
 
 
 class Upward:
-    """A reference to a module, held by something inside that module; call it for the module, or None."""
+    """A reference to a module, held by something inside that module.
 
-    __slots__ = ("__weakref__", "_target")
+    Attributes:
+        target: call it for the module; None once the module is gone, and in a copy without it.
+    """
+
+    __slots__ = ("__weakref__", "target")
 
     def __init__(self, module: nn.Module | None = None):
-        self._target: ReferenceType[nn.Module] | None = None if module is None else ref(module)
-
-    def __call__(self) -> Any:
-        return None if self._target is None else self._target()
+        self.target: Callable[[], Any] = type(None) if module is None else ref(module)
 
     def __reduce__(self) -> tuple:
         return Upward, ()  # the anchor of the copied module binds it
 
     def bind(self, module: nn.Module) -> None:
-        self._target = ref(module)
+        self.target = ref(module)
 
 
 class Anchor:
@@ -48,19 +49,19 @@ class Anchor:
         self.hooks = list(hooks)
 
     def __reduce__(self) -> tuple:
-        return Anchor, (self.upward(), self.upward, self.hooks)
+        return Anchor, (self.upward.target(), self.upward, self.hooks)
 
 
 def upward_to(module: nn.Module) -> Upward:
     """A reference to this module: the one that it is anchored by, or a new one, which copies follow once it is anchored."""
     anchor = module.__dict__.get(ATTRIBUTE)
-    return anchor.upward if isinstance(anchor, Anchor) and anchor.upward() is module else Upward(module)
+    return anchor.upward if isinstance(anchor, Anchor) and anchor.upward.target() is module else Upward(module)
 
 
 def anchored(module: nn.Module, upward: Upward | None = None) -> Anchor:
     """The anchor of a module, which is given one if it has none: copies of the module follow this reference from now on."""
     anchor = module.__dict__.get(ATTRIBUTE)
-    if not isinstance(anchor, Anchor) or anchor.upward() is not module:
+    if not isinstance(anchor, Anchor) or anchor.upward.target() is not module:
         anchor = module.__dict__[ATTRIBUTE] = Anchor(module, upward or Upward(module))
     return anchor
 
@@ -68,6 +69,6 @@ def anchored(module: nn.Module, upward: Upward | None = None) -> Anchor:
 def release(module: nn.Module) -> None:
     """Take the anchor away, with its hooks."""
     anchor = module.__dict__.pop(ATTRIBUTE, None)
-    if isinstance(anchor, Anchor) and anchor.upward() is module:
+    if isinstance(anchor, Anchor) and anchor.upward.target() is module:
         while anchor.hooks:
             anchor.hooks.pop().remove()
