@@ -80,9 +80,13 @@ class InterfaceFinder:
 def _register_after(loader: Any, name: str) -> None:
     """Have this loader register the name after it has run its module, once."""
     execute = loader.exec_module
+    replaced = "exec_module" in getattr(loader, "__dict__", {})  # by somebody before us
 
     def exec_module(module: Any) -> None:
-        loader.exec_module = execute
+        if replaced:
+            loader.exec_module = execute
+        else:
+            del loader.exec_module
         execute(module)
         _missing.add(name)  # this may be a second import of the module
         register_loaded()

@@ -98,17 +98,17 @@ def _find_home(module: nn.Module, layer: PatchedLayer | None) -> None:
             return  # another thread was faster
         if not models:
             raise UnsupportedModelError(
-                f"{type(module).__name__} runs with attn_implementation={NAME!r} but was never patched, and no transformers model that "
-                "could be patched is running around it: call hf_geoscale.patch_model(model)"
+                f"{type(module).__name__} runs with attn_implementation={NAME!r} but was never patched, and no transformers model "
+                "that could be patched runs around it: call hf_geoscale.patch_model(model)"
             )
         if not _is_patched(models[0]):
             _patch(models[0])
         late = module.__dict__.get("geoscale")
         if not isinstance(late, GeoScaleLayer):
             raise UnsupportedModelError(
-                f"{type(module).__name__} runs with attn_implementation={NAME!r}, but is no layer that FP8 attention runs in: it was "
-                f"added to the patched {type(models[0]).__name__}, or belongs to another tower. Call hf_geoscale.patch_model(model) "
-                "again, or set another implementation on its config"
+                f"{type(module).__name__} runs with attn_implementation={NAME!r}, but patch_model has not patched it: it was added to "
+                f"the patched {type(models[0]).__name__}, or is of another tower. Call hf_geoscale.patch_model(model) again, or set "
+                "another implementation on its config"
             )
         if late.front_end == "fused":
             front_end.remove(module)
@@ -125,8 +125,8 @@ def _patch(model: PreTrainedModel) -> None:
     differs = any(config != GeoScaleConfig() for config in used)
     logger.log(
         logging.WARNING if differs else logging.INFO,
-        "geoscale: %s has attn_implementation=%r and is patched in its first forward, with the default configuration%s. For another "
-        "one call hf_geoscale.patch_model(model, ...)",
+        "geoscale: %s has attn_implementation=%r and is patched in its first forward, with the default configuration%s. For "
+        "another one call hf_geoscale.patch_model(model, ...)",
         type(model).__name__,
         NAME,
         "; another model here has another one (GeoScaleCallback().attach(trainer) gives a reference model its policy's)"
@@ -148,8 +148,8 @@ def _refuse_prepared(model: PreTrainedModel) -> None:
     else:
         return
     raise UnsupportedModelError(
-        f"{type(model).__name__} was given attn_implementation={NAME!r} alone, and {what} it before its first forward, which comes "
-        f"too late to patch it. Add the line hf_geoscale.patch_model(model) before {before}"
+        f"{type(model).__name__} was given attn_implementation={NAME!r} alone, and {what} it before its first forward, which would "
+        f"have patched it. Add the line hf_geoscale.patch_model(model) before {before}"
     )
 
 

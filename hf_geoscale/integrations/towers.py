@@ -37,7 +37,7 @@ def refuse_by_tower(outer: nn.Module, model: PreTrainedModel, error: Unsupported
         named = " or ".join(f"patch_model({_expression(name)})" for name in towers)
         kinds = ", ".join(sorted({tower.config.model_type for tower in towers.values()}))
         raise UnsupportedModelError(
-            f"model_type {config.model_type!r} is not supported as a whole, since its other towers call the same attention interface. "
+            f"model_type {config.model_type!r} is not supported as a whole: its other towers call the same attention interface. "
             f"Its tower of family {kinds} is: {named}"
         ) from error
     text = config.get_text_config()

@@ -96,7 +96,8 @@ class TestFirstForward:
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         assert (logits - sdpa).norm() / sdpa.norm() > 1e-3
         fronts = [row["front_end"] for row in geometry_report(model).rows]
-        assert fronts[0].startswith("its first call") and fronts[1] == "fused"
+        assert fronts[0].startswith("its first call")
+        assert fronts[1] == "fused"
 
     def test_is_said_once(self, caplog):
         model = named(tiny_model("llama"))
@@ -235,12 +236,28 @@ class TestRefused:
             (call.get(how) or torch.compile(model, backend="eager"))(tokens(1, 8))
         assert not patched_layers(model)
 
+    def test_under_zero_3(self):
+        """What deepspeed.initialize leaves on a parameter, gathered in its module's forward."""
+        model = named(tiny_model("llama"))
+        model.model.layers[1].self_attn.v_proj.weight.ds_id = 7
+        with pytest.raises(
+            UnsupportedModelError, match=r"ZeRO-3 has partitioned.*patch_model\(model\) before accelerator.prepare"
+        ):
+            model(tokens(1, 8))
+        assert not patched_layers(model)
+
+    def test_a_replica_of_data_parallel(self):
+        model = named(tiny_model("llama"))
+        model._is_replica = True
+        with pytest.raises(UnsupportedModelError, match="DataParallel cannot replicate FP8"):
+            model(tokens(1, 8))
+
     def test_an_attention_without_a_model(self):
         attention = tiny_model("llama").model.layers[0].self_attn
         attention.config._attn_implementation = "geoscale"
         angles = tuple(torch.zeros(1, 8, 16) for _ in range(2))
         with pytest.raises(
-            UnsupportedModelError, match=r"no transformers model.*call hf_geoscale.patch_model\(model\)"
+            UnsupportedModelError, match=r"no transformers model .*call hf_geoscale.patch_model\(model\)"
         ):
             attention(torch.zeros(1, 8, 64), position_embeddings=angles, attention_mask=None)
 
