@@ -269,7 +269,7 @@ class TestRefused:
         model.config.num_hidden_layers = 3
         model.config.layer_types = ["full_attention"] * 3
         with pytest.raises(
-            UnsupportedModelError, match=r"added to the patched LlamaForCausalLM.*patch_model\(model\) again"
+            UnsupportedModelError, match=r"added to the patched LlamaForCausalLM later.*patch_model\(model\) again"
         ):
             model(tokens(1, 8), use_cache=False)
         patch_model(model)
