@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from . import registration
+
 __version__ = "0.1.0"
 
 # Public names and their homes; imported on first use, so that `import hf_geoscale` costs nothing.
@@ -60,3 +62,6 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted([*globals(), *__all__])
+
+
+registration.install()  # attn_implementation="geoscale" works after `import hf_geoscale` alone

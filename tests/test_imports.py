@@ -16,8 +16,8 @@ ROOMS = {
     "kernels": ({"scaling.formats"}, {"torch", "triton"}),
     "stability": ({"geometry"}, {"torch", "matplotlib"}),
     "integrations": (
-        {"geometry", "scaling", "kernels", "stability", "config", "errors"},
-        {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed"},
+        {"geometry", "scaling", "kernels", "stability", "config", "errors", "registration"},
+        {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "typing_extensions"},
     ),
     "cli": (
         {"geometry", "scaling", "kernels", "stability", "integrations", "config", "errors", ""},

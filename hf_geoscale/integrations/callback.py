@@ -10,7 +10,9 @@ from transformers import TrainerCallback
 
 from ..config import GeoScaleConfig
 from .layer import GeoScaleLayer
-from .patching import geoscale_layers, patch_model, patched_layers, refresh_scales
+from .patched import geoscale_layers, patched_layers
+from .patching import patch_model
+from .scales import refresh_scales
 
 logger = logging.getLogger(__name__)
 

@@ -15,27 +15,51 @@ from .norms import gain_and_shift
 from .refusals import REFUSED
 from .residual import ResidualStream, residual_stream
 from .sharding import attribute, shards_followed, submodules
+from .upward import Upward, upward_to
 from .versions import module_versions, plain_versions
 from .weights import EffectiveWeight, effective_weight
 
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention layer in its model. Modules are looked up at each use, so wrapping or replacing them later is seen."""
+    """One attention layer in its model. Modules are looked up at each use, so wrapping or replacing them later is seen.
+
+    None of the modules around the layer is kept alive. A layer that was copied or pickled alone has no model; an attention on its
+    own has no block either, and keeps the norm layer that it had.
+    """
 
     family: str
     layer: int
-    block: Any  # the decoder block that holds the norm and the attention
+    own: Upward  # to the attention
+    upward: Upward  # to the decoder block that holds the norm and the attention
+    home: Upward  # to the model
+    norm_layer: Any  # of the block
     rotary: tuple[Any, ...]  # the model's rotary embeddings
     stream: ResidualStream | None = None  # what enters the attention where no norm layer precedes it
 
     @property
     def attention(self) -> Any:
-        return attribute(self.block, FAMILIES[self.family].attention)
+        return self.own.target()
+
+    @property
+    def block(self) -> Any:
+        """None for an attention on its own."""
+        return self.upward.target()
+
+    @property
+    def model(self) -> Any:
+        """None for a layer without its model."""
+        return self.home.target()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all modules around the attention that decide its certificates are known."""
+        return self.block is not None and self.model is not None
 
     @property
     def input_norm(self) -> Any:
-        return attribute(self.block, FAMILIES[self.family].input_norm)
+        block = self.block
+        return self.norm_layer if block is None else attribute(block, FAMILIES[self.family].input_norm)
 
     @property
     def head_dim(self) -> int:
@@ -145,9 +169,12 @@ def attention_sites(model: Any) -> Iterator[AttentionSite]:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no decoder block with {family.attention} and {family.input_norm}"
         )
+    home, upwards = upward_to(model), [upward_to(block) for block in blocks]
     for index, block in enumerate(blocks):
-        stream = residual_stream(model, blocks[:index], family.post_norms) if family.post_norms else None
-        site = AttentionSite(model_type, index, block, rotary, stream)
+        stream = residual_stream(home, upwards[:index], family.post_norms) if family.post_norms else None
+        attention, norm = attribute(block, family.attention), attribute(block, family.input_norm)
+        own = upward_to(attention)
+        site = AttentionSite(model_type, index, own, upwards[index], home, norm, rotary, stream)
         if getattr(block, "do_layer_norm_before", True) is False:  # OPT-350m
             raise UnsupportedModelError(
                 f"{_describe(site, family.input_norm)} follows the attention (do_layer_norm_before=False), so nothing bounds "

@@ -9,7 +9,7 @@ goes through the original forward and the attention interface.
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -18,14 +18,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..kernels.checks import SMALLEST_NORMAL
 from ..kernels.qk_norm import QKNorm, rms_norm
 from ..kernels.rotary import rotate
+from ..registration import NAME
 from . import recognition
+from .implementation import notice_another
 from .keywords import CACHE_NAMES, cache_of, unknown_keywords
 from .layer import GeoScaleLayer
 from .projections import is_bare, project
 from .refresh import RefreshGroup
-
-NAME = "geoscale"
-"""The attention implementation's name in transformers, on the attention and on the mask interface."""
 
 
 FUSED = "fused"
@@ -90,11 +89,19 @@ class FusedForward:
     """What the fused forward reads. Any other keyword, unless it is ignorable, is for the class's own forward to understand."""
 
     def __init__(self, attention: Any):
-        self.attention = attention
+        self._attention = ref(attention)  # which holds this: a reference that kept it alive would close a cycle
+
+    @property
+    def attention(self) -> Any:
+        return self._attention()
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.attention,)
 
     def __call__(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         attention = self.attention
         if len(args) > 1 or not (_is_patched(attention) and self.serves(kwargs) and self._is_recognised()):
+            notice_another(attention, kwargs.get("attention_mask"))
             return type(attention).forward(attention, *args, **kwargs)
         hidden_states = args[0] if args else kwargs.pop("hidden_states")
         past = cache_of(kwargs)

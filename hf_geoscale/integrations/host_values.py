@@ -16,10 +16,6 @@ class HostValues:
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(values.device))
 
-    def __reduce__(self) -> tuple:
-        self.read()
-        return HostValues, (self._values.clone(),)
-
     @property
     def here(self) -> bool:
         """Whether reading needs no waiting, whatever the device does."""

@@ -3,7 +3,9 @@
 import math
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +15,20 @@ from ..config import GeoScaleConfig
 from ..errors import UnsupportedModelError
 from ..geometry import LayerGeometry, LayerMaps, alpha_min
 from ..kernels import AttentionStatistics
+from ..registration import NAME
 from ..scaling import E4M3, CallOperands, QuantScales, strategy_of
 from .families import AttentionSite
 from .host_values import HostValues
 from .refresh import RefreshGroup
 from .sharding import (
     can_be_read,
+    enclosing_modules,
     follow_shards,
     fsdp_units,
     look_at_shards,
     refuse_unreadable,
 )
+from .upward import anchored
 from .utilisation import Utilisation, add_together
 from .zero3 import gather_together, partitioned_parameters, pass_by_position
 
@@ -31,13 +36,14 @@ DEFAULT_LENGTH = 4096
 """Tokens assumed by the rank-aware bound where neither the config nor the model states a maximum (a guess)."""
 
 
-def model_alpha_min(model: Any, site: AttentionSite, layers: int, config: GeoScaleConfig) -> float | None:
+def model_alpha_min(site: AttentionSite, layers: int, config: GeoScaleConfig) -> float | None:
     """α_min of a model from the shape of one of its layers; None where a per-head norm leaves no low-rank interaction."""
     query, _, _ = site.projections()
     heads, dim, width = query.weight.shape
     if width <= dim:
         return None
-    length = config.max_length or getattr(model.config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    stated = getattr(site.attention.config, "max_position_embeddings", None)
+    length = config.max_length or stated or DEFAULT_LENGTH
     return alpha_min(width, dim, length, heads, layers, config.failure_prob)[0]
 
 
@@ -47,15 +53,24 @@ class PatchedLayer:
     By itself: a layer of an unsupported model under fallback="sdpa", whose calls are only counted.
     """
 
-    def __init__(self, config: GeoScaleConfig, name: str, reason: str = ""):
+    def __init__(self, config: GeoScaleConfig, name: str, family: str, reason: str = ""):
         self.config = config
         self.name = name  # for messages
+        self.family = family  # `model_type`
         self.reason = reason  # why it is only counted
         self.calls = 0  # run in FP8
         self.front_end_calls = 0  # of those, with RoPE inside the kernels
         self.front_end = "interface"  # "fused", or why not
         self.delegated: Counter[str] = Counter()  # run by SDPA, by reason
-        self.hooks: list[RemovableHandle] = []
+        self.hooks: list[RemovableHandle] = []  # of the attention module
+        self.warned = False  # that the attention runs another implementation
+        self.warned_of_others = False  # that attention modules beside it are not patched
+        self.at_home = True  # False in a copy, until somebody has looked what is around it
+
+    @property
+    def elsewhere(self) -> str | None:
+        """Why no call will run in FP8; None where calls do."""
+        return self.reason or None
 
     def describe(self) -> str:
         """One line of numerics for `print(model)`."""
@@ -78,7 +93,7 @@ class GeoScaleLayer(PatchedLayer):
     Weights that FSDP2 or ZeRO-3 shards are only measured there, where they are gathered; see `sharding` and `zero3`.
 
     Args:
-        enclosing: the attention module and all modules around it, where FSDP2 may shard it.
+        enclosing: the attention module and all modules around it, where FSDP2 may shard it; not kept alive.
     """
 
     def __init__(
@@ -88,9 +103,9 @@ class GeoScaleLayer(PatchedLayer):
         alpha: float | None = None,
         enclosing: tuple[nn.Module, ...] = (),
     ):
-        super().__init__(config, f"{site.family} layer {site.layer}")
+        super().__init__(config, f"{site.family} layer {site.layer}", site.family)
         self.site = site
-        self.enclosing = enclosing
+        self._enclosing: list[ref[nn.Module]] | None = [ref(module) for module in enclosing]
         self.follows_shards = False
         self.scaling = strategy_of(config, alpha)
         self.geometry: LayerGeometry | None = None
@@ -103,6 +118,44 @@ class GeoScaleLayer(PatchedLayer):
         self._measured: tuple[HostValues, int] | None = (
             None  # numbers of the last refresh, and this layer's place in them
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle: its first forward measures its own weights, and it counts its own calls.
+
+        So no tensor is shared with the original, whose counters are written in place, and none needs a file descriptor on the
+        way to another process.
+        """
+        of_these_weights = ("geometry", "weights_version", "sigma_before", "_measured", "_enclosing")
+        counted = {
+            "calls": 0,
+            "front_end_calls": 0,
+            "delegated": Counter(),
+            "observed": {},
+            "utilisation": Utilisation(),
+        }
+        counted["statistics"] = AttentionStatistics(self.config.observe_logits)
+        state = self.__dict__ | dict.fromkeys(of_these_weights) | counted
+        return state | {"follows_shards": False, "at_home": False}
+
+    def move(self, site: AttentionSite) -> None:
+        """Take this for the place of the attention: it was copied, or other layers were put in front of it."""
+        self.site, self.name, self.family = site, f"{site.family} layer {site.layer}", site.family
+        self._enclosing, self.weights_version = None, None
+
+    @property
+    def elsewhere(self) -> str | None:
+        config = getattr(self.site.own.target(), "config", None)
+        name = getattr(config, "_attn_implementation", NAME)
+        return None if name == NAME else f"its config says attn_implementation={name!r}"
+
+    @property
+    def enclosing(self) -> Iterator[nn.Module]:
+        """The attention module and all modules around it, outermost first; none where the model is not known."""
+        if self._enclosing is None and (model := self.site.model) is not None:
+            self._enclosing = [ref(module) for module in enclosing_modules(model).get(self.site.attention, ())]
+        for around in self._enclosing or ():
+            if (module := around()) is not None:
+                yield module
 
     def read(self) -> tuple[LayerMaps, tuple]:
         """What today's weights compute, and their version; changes nothing.
@@ -163,8 +216,8 @@ class GeoScaleLayer(PatchedLayer):
             return
         self.follows_shards = True
         follow_shards(self.site.weight_modules())
-        # In front of FSDP's own hook, which gathers.
-        self.hooks += [unit.register_forward_pre_hook(self._before_gathering, prepend=True) for unit in units]
+        for unit in units:  # in front of FSDP's own hook, which gathers
+            anchored(unit).hooks.append(unit.register_forward_pre_hook(self._before_gathering, prepend=True))
 
     @torch.compiler.disable
     def _before_gathering(self, *_) -> None:
@@ -266,6 +319,8 @@ class GeoScaleLayer(PatchedLayer):
         return self._peak("logit")
 
     def describe(self) -> str:
+        if self.elsewhere is not None:
+            return f"geoscale: not in FP8 ({self.elsewhere})"
         if self.geometry is None:
             return "geoscale: not measured yet"
         bounds = (self.geometry.q_bound, self.geometry.k_bound, self.geometry.v_bound, self.geometry.logit_bound)

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .patching import own_config
+from .implementation import own_configs
 
 OBSERVABLE = ("sdpa", "eager")
 """Implementations whose masks say which pairs are visible; FlashAttention's do not."""
@@ -69,7 +69,7 @@ class LogitObserver:
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[self.original])
         for module in modules:
             module.__dict__["logit_observer"] = self
-        own_config(model, model)
+        own_configs(model, [model.config])
         model.set_attn_implementation(name)
 
     def remove(self) -> None:

@@ -1,64 +1,35 @@
 """Swap the attention of a model in place, and swap it back."""
 
-import copy
 import inspect
 import logging
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
-from itertools import compress
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..config import GeoScaleConfig
+from ..config import GeoScaleConfig, resolve_config
 from ..errors import UnsupportedModelError
-from ..scaling import DelayedScaling
+from ..registration import NAME
 from . import front_end
-from .attention import geoscale_attention_forward
-from .families import attention_sites
-from .front_end import NAME
+from .families import AttentionSite, attention_sites
+from .implementation import restore, switch, watch
 from .layer import GeoScaleLayer, PatchedLayer, model_alpha_min
-from .masks import geoscale_mask
+from .patched import PATCHED, patched_layers, patched_modules, torch_module, transformers_model
 from .refresh import Measurement, RefreshGroup
 from .residual import refuse_embeddings
 from .sharding import enclosing_modules, refuse_parallelism, refuse_replicas
+from .towers import refuse_by_tower
+from .upward import anchored, release
 from .zero3 import pass_by_position, refuse_prepared
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..config import GeoScaleOverrides
+
 logger = logging.getLogger(__name__)
-
-# At import, so that an unpickled patched model finds them in a new process. torch.compile leaves both out of its graphs: they read
-# the weights' versions and count calls, which a graph would freeze, and a CUDA graph would replay with old scales.
-AttentionInterface.register(NAME, torch.compiler.disable(geoscale_attention_forward))
-AttentionMaskInterface.register(NAME, torch.compiler.disable(geoscale_mask))
-
-
-def patched_modules(model: nn.Module) -> Iterator[tuple[Any, PatchedLayer]]:
-    """Every patched attention module with its state, in the order of the layers; there is none inside another."""
-    seen: set[nn.Module] = set()
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        layer = module.__dict__.get("geoscale")
-        if isinstance(layer, PatchedLayer):
-            yield module, layer
-        elif module._modules:
-            waiting += [child for child in reversed(module._modules.values()) if child is not None]
-
-
-def patched_layers(model: nn.Module) -> list[PatchedLayer]:
-    """States of every patched attention layer, those left to SDPA included; empty for an unpatched model."""
-    return [layer for _, layer in patched_modules(model)]
-
-
-def geoscale_layers(model: nn.Module) -> list[GeoScaleLayer]:
-    """States of the attention layers that run in FP8."""
-    return [layer for layer in patched_layers(model) if isinstance(layer, GeoScaleLayer)]
 
 
 def _replaced_forward(attention: nn.Module) -> str | None:
@@ -102,37 +73,74 @@ def _count_unsupported(model: PreTrainedModel, config: GeoScaleConfig, error: Un
         raise error
     implementation = model.config._attn_implementation
     for module in innermost:
-        layer = PatchedLayer(config, type(module).__name__, str(error))
+        layer = PatchedLayer(config, type(module).__name__, model.config.model_type, str(error))
         layer.hooks.append(module.register_forward_pre_hook(layer.count_unsupported))
-        _attach(module, layer, implementation)
-    logger.warning("geoscale: attention stays %r, counted in geometry_report: %s", implementation, error)
+        _attach(module, layer)
+    logger.warning("geoscale: attention stays %r, counted in geometry_report: %s", implementation, str(error))
 
 
-def _attach(module: Any, layer: PatchedLayer, original: str) -> None:
-    module.geoscale, module.geoscale_replaced = layer, original
+def _attach(module: Any, layer: PatchedLayer) -> None:
+    module.geoscale = layer
     module.extra_repr = layer.describe
 
 
-def _transformers_model(model: Any) -> PreTrainedModel:
-    """The model itself, or the one inside a PEFT model."""
-    base = model.get_base_model() if type(model).__module__.startswith("peft.") else model
-    if not isinstance(base, PreTrainedModel):
-        raise TypeError(
-            f"patch_model expects a PEFT model or a transformers PreTrainedModel, got {type(model).__name__}; "
-            "patch the base model before wrapping it"
-        )
-    return base
+def _is_complete(model: PreTrainedModel, config: GeoScaleConfig) -> bool:
+    """Whether the model is patched with this configuration, and no layer was added or switched since."""
+    layers = patched_layers(model)
+    if not layers or any(layer.config != config for layer in layers):
+        return False
+    if not isinstance(layers[0], GeoScaleLayer):
+        return True
+    if any(layer.elsewhere for layer in layers) or model.config._attn_implementation != NAME:
+        return False
+    try:
+        sites = list(attention_sites(model))
+    except UnsupportedModelError:
+        return False
+    return [site.attention for site in sites] == [module for module, _ in patched_modules(model)]
 
 
-def own_config(outer: nn.Module, model: PreTrainedModel) -> None:
-    """Give the model a config object of its own: the name of the attention lives there, and other models may share it."""
-    shared, own = model.config, copy.deepcopy(model.config)
-    for module in outer.modules():
-        if getattr(module, "config", None) is shared:
-            object.__setattr__(module, "config", own)
+def _sites(outer: nn.Module, model: PreTrainedModel) -> list[AttentionSite]:
+    try:
+        return list(attention_sites(model))
+    except UnsupportedModelError as error:
+        refuse_by_tower(outer, model, error)
+        raise
 
 
-def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **overrides) -> PreTrainedModel:
+def _prepare(
+    outer: nn.Module, model: PreTrainedModel, config: GeoScaleConfig
+) -> tuple[list[GeoScaleLayer], Measurement | None]:
+    """States for every attention layer of a model, and the geometry of its weights; the model is only read.
+
+    Raises:
+        UnsupportedModelError, NonFiniteWeightsError: see `patch_model`.
+    """
+    sites = _sites(outer, model)
+    alpha = None
+    if config.bound == "rank_aware":
+        alpha = model_alpha_min(sites[0], len(sites), config)
+        if alpha is None:
+            raise UnsupportedModelError(
+                f"bound='rank_aware' needs a low-rank interaction of queries and keys; {type(model).__name__} normalises "
+                "each head after its projection. Use bound='certified'"
+            )
+    refuse_parallelism(model)
+    around = enclosing_modules(model)
+    layers = [GeoScaleLayer(site, config, alpha, around[site.attention]) for site in sites]
+    for layer in layers:
+        refuse_prepared(layer.site.attention, layer.site.weight_modules(), layer.name)
+    readable = [layer for layer in layers if layer.measurable]
+    measurement = Measurement(readable) if readable else None
+    if measurement is not None:
+        measurement.check()
+    return layers, measurement
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def patch_model(model: Model, config: GeoScaleConfig | None = None, **overrides: "Unpack[GeoScaleOverrides]") -> Model:
     """Run this model's attention in FP8, forward and backward, with scales read off its weights.
 
     In place, on this instance alone; patching again with the same configuration changes nothing, with another one replaces
@@ -141,7 +149,7 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
 
     Args:
         model: a model of a family in docs/families.md, headless or with any head, or a PEFT model of one. Wrapping it
-            with PEFT after patching works too.
+            with PEFT after patching works too. Of a multimodal model: its text tower.
         config: how to quantise; default `GeoScaleConfig()`.
         **overrides: fields of the config, e.g. `precision="high"`.
     Returns:
@@ -150,126 +158,91 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
         TypeError: not a transformers model or a PEFT model of one, or an override that is no field of the config.
         UnsupportedModelError: an unknown family or weights whose geometry cannot be read (see `fallback`).
         NonFiniteWeightsError: NaN or Inf in the weights; the model stays unpatched.
+    Example:
+        >>> model = patch_model(AutoModelForCausalLM.from_pretrained(name), precision="high")
     """
-    outer, model = model, _transformers_model(model)
-    config = replace(config or GeoScaleConfig(), **overrides)
-    current = patched_layers(model)
-    if current and all(layer.config == config for layer in current):
+    outer, inner = model, transformers_model(model, "patch_model")
+    config = resolve_config(config, overrides, "patch_model")
+    if _is_complete(inner, config):
         return outer
     try:
-        sites = list(attention_sites(model))
-        alpha = None
-        if config.bound == "rank_aware":
-            alpha = model_alpha_min(model, sites[0], len(sites), config)
-            if alpha is None:
-                raise UnsupportedModelError(
-                    f"bound='rank_aware' needs a low-rank interaction of queries and keys; {type(model).__name__} normalises "
-                    "each head after its projection. Use bound='certified'"
-                )
-        refuse_parallelism(model)
-        around = enclosing_modules(model)
-        layers = [GeoScaleLayer(site, config, alpha, around[site.attention]) for site in sites]
-        for layer in layers:
-            refuse_prepared(layer.site.attention, layer.site.weight_modules(), layer.name)
-        readable = [layer for layer in layers if layer.measurable]
-        measurement = Measurement(readable) if readable else None
-        if measurement is not None:
-            measurement.check()
+        layers, measurement = _prepare(outer, inner, config)
     except UnsupportedModelError as error:
         # with span scaling, attention that is left alone would go without it
         if config.fallback != "sdpa" or config.span_scaling is not None:
             raise
-        unpatch_model(model)
-        _count_unsupported(model, config, error)
+        unpatch_model(inner)
+        _count_unsupported(inner, config, error)
         return outer
-    unpatch_model(model)
-    original = model.config._attn_implementation
-    if original == NAME:  # the name alone, copied from a patched model's config, as TRL does for its reference model
-        original = "sdpa"
+    if patched_layers(inner):
+        unpatch_model(inner)
+    switch(outer, inner, [layer.site.attention for layer in layers])
     if measurement is not None:
         measurement.install()
     for layer in layers:
         if layer.geometry is None:
             layer.mark_stale()
-    RefreshGroup().join(layers)
-    own_config(outer, model)
-    for layer in layers:
-        _attach(layer.site.attention, layer, original)
-        layer.site.attention._replicate_for_data_parallel = refuse_replicas
-        if "deepspeed" in sys.modules and not layer.hooks:  # it may partition the model later
-            layer.hooks.append(pass_by_position(layer.site.attention))
-    if layers[0].site.stream is not None:
-        layers[0].hooks.append(model.base_model.register_forward_pre_hook(refuse_embeddings, with_kwargs=True))
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
-        unpatch_model(model)
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not use transformers' attention interface; it cannot be patched"
-        )
+    _install(inner, layers)
     _warn_of_replaced_forwards(layers)
-    front_end.install(layers)
     return outer
 
 
-def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
+def _install(model: PreTrainedModel, layers: list[GeoScaleLayer]) -> None:
+    """Give every attention module its state and forward, and the modules around it what copies find them by."""
+    PATCHED.add(model)
+    RefreshGroup().join(layers)
+    anchored(model, layers[0].site.home)
+    for layer in layers:
+        attention = layer.site.attention
+        anchored(attention, layer.site.own)
+        anchored(layer.site.block, layer.site.upward)
+        _attach(attention, layer)
+        attention._replicate_for_data_parallel = refuse_replicas
+        if "deepspeed" in sys.modules and not layer.hooks:  # it may partition the model later
+            layer.hooks.append(pass_by_position(attention))
+    front_end.install(layers)
+    for layer in layers:
+        if layer.front_end != front_end.FUSED:
+            layer.hooks.append(watch(layer.site.attention))
+    if layers[0].site.stream is not None:
+        base = model.base_model
+        anchored(base).hooks.append(base.register_forward_pre_hook(refuse_embeddings, with_kwargs=True))
+
+
+def unpatch_model(model: Model) -> Model:
     """Undo `patch_model`: the model computes the very same bits as before. Does nothing to an unpatched model.
 
-    The model keeps its own config object, so that changes made to it while patched are not lost.
+    The model keeps its own config object, so that changes made to it while patched are not lost. A model that was left with
+    the name "geoscale" and without patched layers gets transformers' own choice of attention back.
+
+    Args:
+        model: a patched model, or any module around one or several (DDP, a compiled or averaged model, a PEFT model).
+    Raises:
+        TypeError: no module, or a part of a patched model; nothing has changed.
     """
-    original: str | None = None
-    for module, layer in list(patched_modules(model)):
-        original = module.geoscale_replaced
+    outer = torch_module(model, "unpatch_model")
+    found = list(patched_modules(outer))
+    wholes = _wholes(outer, [layer for _, layer in found])
+    for module, layer in found:
         layer.remove_hooks()
         front_end.remove(module)
-        del module.geoscale, module.geoscale_replaced, module.extra_repr
-        module.__dict__.pop("_replicate_for_data_parallel", None)
-    if original is not None:
-        _transformers_model(model).set_attn_implementation(original)
+        for name in ("geoscale", "extra_repr", "_replicate_for_data_parallel"):
+            module.__dict__.pop(name, None)
+    for whole in wholes:
+        for module in whole.modules():
+            release(module)
+        restore(whole)
     return model
 
 
-def refresh_scales(model: nn.Module, wait: bool = False) -> None:
-    """Recompute every scale from the current weights, all layers or none.
-
-    A forward that finds its layer's weights changed does this by itself, for all layers that changed; call it after writes
-    that torch cannot see (through `param.data`), or to pay the cost outside the forward. Layers that FSDP2 shards are marked,
-    and measured in their next forward: no collective runs here, but every process must call it.
-
-    Args:
-        wait: look for NaN and Inf before returning. Without it, weights on a GPU are looked at by the next refresh, so that
-            the host need not wait for the device.
-    Raises:
-        ValueError: the model is not patched.
-        UnsupportedModelError: weights whose geometry cannot be read any more (an adapter was added, say).
-        NonFiniteWeightsError: NaN or Inf in the weights, or, on a GPU, in those of the last refresh; the old scales stay.
-    """
-    if not (patched := patched_layers(model)):
-        raise ValueError("refresh_scales needs a patched model: call patch_model(model) first")
-    layers = [layer for layer in patched if isinstance(layer, GeoScaleLayer)]
-    if layers and layers[0].group.refresh_steadily(layers, wait):
-        return
-    measurable = [layer.measurable for layer in layers]
-    readable = list(compress(layers, measurable))
-    if readable:
-        readable[0].group.refresh(readable, wait)
-    for layer, here in zip(layers, measurable, strict=True):
-        if not here:
-            layer.mark_stale()
-
-
-def scaling_state_dict(model: nn.Module) -> list[dict]:
-    """State of scaling="delayed", layer by layer, for a checkpoint; empty dicts for other scalings, which need none."""
-    return [
-        layer.scaling.state_dict() if isinstance(layer.scaling, DelayedScaling) else {}
-        for layer in geoscale_layers(model)
-    ]
-
-
-def load_scaling_state_dict(model: nn.Module, state: list[dict]) -> None:
-    """Restore what `scaling_state_dict` returned. Raises ValueError unless layers, operands and history lengths are the same."""
-    layers = geoscale_layers(model)
-    if len(state) != len(layers):
-        raise ValueError(f"the model has {len(layers)} FP8 layers, the state is of {len(state)}")
-    for layer, given in zip(layers, state, strict=True):
-        if isinstance(layer.scaling, DelayedScaling):
-            layer.scaling.load_state_dict(given)
+def _wholes(outer: nn.Module, layers: Iterable[PatchedLayer]) -> list[nn.Module]:
+    """`outer`, and the models that it is the patched part of. Raises TypeError for a part that leaves other layers patched."""
+    inside = set(outer.modules())
+    homes = {layer.site.model for layer in layers if isinstance(layer, GeoScaleLayer)} - inside - {None}
+    for home in homes:
+        if not inside.issuperset(module for module, _ in patched_modules(home)) and outer in set(home.modules()):
+            raise TypeError(
+                f"unpatch_model expects the whole model, got {type(outer).__name__}, a part of the patched {type(home).__name__}: "
+                "call unpatch_model on that"
+            )
+    return [outer, *(home for home in homes if outer in set(home.modules()))]

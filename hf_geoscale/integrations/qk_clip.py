@@ -14,7 +14,7 @@ from .families import attention_sites
 from .layer import GeoScaleLayer
 from .logit_observer import LogitObserver
 from .logit_weights import AttentionSlices, base_model, logit_weights
-from .patching import patched_layers
+from .patched import patched_layers
 from .sharding import is_shard
 
 THRESHOLD = 100.0

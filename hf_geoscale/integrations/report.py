@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from ..geometry import measure_interaction
 from .layer import GeoScaleLayer, PatchedLayer, model_alpha_min
-from .patching import patched_layers
+from .patched import left_out, patched_layers, patched_modules, torch_module, warn_of_left_out
 
 _CERTIFICATES = ("sigma_lower", "q_bound", "k_bound", "v_bound", "logit_bound")
 _BOUNDS = (*_CERTIFICATES, "sigma_upper", "worst_case_logit")
@@ -71,20 +71,20 @@ def _worst(values: list[float] | None) -> str:
     return f"{max(values):.4g}" if values else "–"
 
 
-def _row(index: int, layer: PatchedLayer, model: Any, layers: int) -> dict:
-    row: dict = {"layer": index, "family": model.config.model_type}
+def _row(index: int, layer: PatchedLayer, layers: int) -> dict:
+    row: dict = {"layer": index, "family": layer.family}
     row |= {name: [] for name in _BOUNDS}
     row |= dict.fromkeys(("alpha_min", "alpha_observed", "utilisation", *_OBSERVED))
     row |= {"logit_utilisation": None, "overflows_by_operand": {}}
     row |= {"overflows": 0, "calls": layer.calls, "fallback_calls": layer.delegated.total()}
-    row |= {"front_end_calls": layer.front_end_calls, "front_end": layer.front_end}
+    row |= {"front_end_calls": layer.front_end_calls, "front_end": layer.elsewhere or layer.front_end}
     row["fallback_reasons"] = dict(layer.delegated)
     if isinstance(layer, GeoScaleLayer):
-        row |= _measured(layer, model, layers)
+        row |= _measured(layer, layers)
     return row
 
 
-def _measured(layer: GeoScaleLayer, model: Any, layers: int) -> dict:
+def _measured(layer: GeoScaleLayer, layers: int) -> dict:
     """The part of a row that only a layer running in FP8 has."""
     row: dict = {}
     worst_case = None
@@ -95,7 +95,7 @@ def _measured(layer: GeoScaleLayer, model: Any, layers: int) -> dict:
         query, key, _ = layer.site.projections()
         sigma, worst_case = measure_interaction(query, key, layer.site.softmax_scale)
         row["sigma_upper"], row["worst_case_logit"] = sigma.tolist(), worst_case.tolist()
-        row["alpha_min"] = model_alpha_min(model, layer.site, layers, layer.config)
+        row["alpha_min"] = model_alpha_min(layer.site, layers, layer.config)
     layer.collect()
     if layer.geometry is not None:
         row |= {name: getattr(layer.geometry, name).tolist() for name in _CERTIFICATES}
@@ -115,10 +115,17 @@ def _measured(layer: GeoScaleLayer, model: Any, layers: int) -> dict:
 def geometry_report(model: Any) -> GeometryReport:
     """Certificates, rank-aware bound and counters of every patched layer.
 
+    Args:
+        model: a patched model, or any module around one or several, whose layers are numbered through.
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched. TypeError: no module.
     """
+    model = torch_module(model, "geometry_report")
     layers = patched_layers(model)
     if not layers:
         raise ValueError("geometry_report needs a patched model: call patch_model(model) first")
-    return GeometryReport([_row(index, layer, model, len(layers)) for index, layer in enumerate(layers)])
+    added = left_out(model)
+    warn_of_left_out(layers, added)
+    states = dict(patched_modules(model)) | added
+    rows = [states[module] for module in model.modules() if module in states] if added else layers
+    return GeometryReport([_row(index, layer, len(rows)) for index, layer in enumerate(rows)])

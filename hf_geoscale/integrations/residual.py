@@ -13,6 +13,7 @@ from ..errors import UnsupportedAttentionError, UnsupportedModelError
 from ..geometry.certificates import UNIT_ROUNDOFF
 from .norms import gain_and_shift
 from .sharding import is_partitioned
+from .upward import Upward
 from .weights import active_module
 
 ROWS = 4096
@@ -34,17 +35,17 @@ class ResidualStream:
     a factor (1 + 2⁻⁸)^(J + 3). It assumes tokens from the embedding; `refuse_embeddings` holds callers to that.
     """
 
-    model: Any  # its embedding is looked up at each use, too
-    norms: tuple[tuple[Any, str], ...]  # (block, attribute), looked up at each use
+    home: Upward  # to the model; its embedding is looked up at each use, too
+    norms: tuple[tuple[Upward, str], ...]  # (to a block, attribute), looked up at each use
 
     @property
     def embedding(self) -> Any:
-        return active_module(self.model.get_input_embeddings())
+        return active_module(_around(self.home).get_input_embeddings())
 
     @property
     def modules(self) -> list[Any]:
         """Modules whose parameters decide the bound, wrappers included."""
-        return [self.model.get_input_embeddings(), *(getattr(block, name) for block, name in self.norms)]
+        return [_around(self.home).get_input_embeddings(), *(getattr(_around(b), name) for b, name in self.norms)]
 
     @torch.no_grad()
     def norm_bound(self, where: str) -> Tensor:
@@ -60,16 +61,26 @@ class ResidualStream:
         rows = [torch.linalg.vector_norm(part, dim=1, dtype=dtype).amax() for part in weight.split(ROWS)]
         bound = torch.stack(rows).amax().double() * (1 + FLOAT32_SUM)
         for block, name in self.norms:
-            gain, shift = gain_and_shift(getattr(block, name), f"{name} before {where}")
+            gain, shift = gain_and_shift(getattr(_around(block), name), f"{name} before {where}")
             if gain is None or shift is not None:
                 raise UnsupportedModelError(f"{name} before {where} must have a gain and no shift")
             bound = bound + math.sqrt(gain.numel()) * gain.detach().double().abs().amax().to(bound.device)
         return bound * (1 + UNIT_ROUNDOFF) ** (len(self.norms) + 3)
 
 
-def residual_stream(model: Any, blocks: Sequence[Any], names: tuple[str, ...]) -> ResidualStream:
-    """The stream after `blocks`, whose sublayers end in the norm layers `names`."""
-    return ResidualStream(model, tuple((block, name) for block in blocks for name in names))
+def residual_stream(home: Upward, blocks: Sequence[Upward], names: tuple[str, ...]) -> ResidualStream:
+    """The stream of the model `home` after `blocks`, whose sublayers end in the norm layers `names`."""
+    return ResidualStream(home, tuple((block, name) for block in blocks for name in names))
+
+
+def _around(upward: Upward) -> Any:
+    """The module, while it is there."""
+    if (module := upward.target()) is None:
+        raise UnsupportedModelError(
+            "a layer without a norm in front was copied out of its model, whose embedding and earlier norms bound its tokens: "
+            "call hf_geoscale.patch_model(model) on the model that it is in now"
+        )
+    return module
 
 
 def refuse_embeddings(module: Any, args: tuple, kwargs: dict) -> None:

@@ -1,5 +1,7 @@
 """Delayed scaling, as Transformer Engine has it: a scale from the largest magnitudes of earlier calls. A rival, for comparison."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,15 @@ class DelayedScaling:
         names = ("q", "k", "v", "logit") if quantize_logits else ("q", "k", "v")
         self.history = {name: torch.zeros(self.options.history) for name in names}  # newest first
         self.scale = {name: torch.ones(()) for name in names}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Histories and scales as numbers, which share no memory with the original and need no file on the way to a process."""
+        numbers = {part: {name: x.tolist() for name, x in getattr(self, part).items()} for part in ("history", "scale")}
+        return self.__dict__ | numbers
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tensors = {part: {name: torch.tensor(x) for name, x in state[part].items()} for part in ("history", "scale")}
+        self.__dict__.update(state | tensors)
 
     def refresh(self, geometry: LayerGeometry) -> None:
         """The weights moved; what they are is of no interest."""

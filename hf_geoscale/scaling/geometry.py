@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,15 @@ class GeometryScaling:
         self._geometry: LayerGeometry | None = None
         self._observed: list[Tensor] = []  # α of the burn-in's calls, each ()
         self._burned_in = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without scales, which are of the weights that were measured; α as numbers, which share no memory with the original."""
+        state = self.__dict__ | {"scales": None, "_geometry": None, "alpha": float(self.alpha)}
+        return state | {"_observed": [float(alpha) for alpha in self._observed]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        observed = [torch.tensor(alpha, dtype=torch.float64) for alpha in state["_observed"]]
+        self.__dict__.update(state, _observed=observed)
 
     @torch.inference_mode(False)  # autograd saves these scales, if a later call trains
     @torch.no_grad()

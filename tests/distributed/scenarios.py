@@ -65,7 +65,7 @@ def counting_measurements():
 
     def spy(self):
         seen[self.site.layer] += 1
-        blocks = [m for m in self.enclosing[0].modules() if hasattr(m, "self_attn")]
+        blocks = [m for m in next(self.enclosing).modules() if hasattr(m, "self_attn")]
         whole = sum(not any(is_shard(p) for p in block.parameters()) for block in blocks)
         seen["most whole"] = max(seen["most whole"], whole)
         return original(self)

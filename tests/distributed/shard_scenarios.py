@@ -155,6 +155,9 @@ def refusal(device: str, what: str) -> str:
             patch_model(model)
             fully_shard(block.self_attn.q_proj, mesh=mesh(device))
             shard(model, device)
+        elif what == "name alone":
+            model.config._attn_implementation = "geoscale"
+            shard(model, device)
         elif what == "tensor parallel":
             parallelize_module(block.self_attn.q_proj, mesh(device), ColwiseParallel())
             patch_model(model)

@@ -117,6 +117,12 @@ def test_tensor_parallelism_is_refused(two):
         assert re.search(r"layer 1.*sharded by tensor parallelism.*without a tp_plan", answer), answer
 
 
+def test_fsdp2_of_a_model_with_the_name_alone_is_refused(two):
+    for answer in two.run(shard_scenarios.refusal, "name alone"):
+        assert "FSDP2 has sharded it before its first forward" in answer
+        assert "Add the line hf_geoscale.patch_model(model) before fully_shard" in answer
+
+
 @pytest.mark.feature("FSDP2")
 def test_a_projection_sharded_by_itself_is_refused(two):
     for answer in two.run(shard_scenarios.refusal, "projection"):

@@ -13,7 +13,7 @@ from ..conftest import here, tiny_model, tokens
 from ..tolerances import FLIPPED_ROUNDINGS
 from .test_callback import trainer
 
-BREAKS = {"geoscale_attention_forward", "geoscale_mask"}  # what the compiler leaves to Python, on purpose
+BREAKS = {"attention_by_name", "mask_by_name"}  # what the compiler leaves to Python, on purpose
 
 
 @pytest.fixture(autouse=True)

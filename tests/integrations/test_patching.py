@@ -209,13 +209,6 @@ class TestRefusals:
         with pytest.raises(UnsupportedModelError, match="adapter"):
             model(tokens(1, 8))
 
-    def test_the_name_without_patching(self):
-        patch_model(tiny_model("llama"))  # registers the name
-        model = tiny_model("llama")
-        model.set_attn_implementation("geoscale")
-        with pytest.raises(UnsupportedModelError, match="never patched"):
-            model(tokens(1, 8))
-
     def test_unknown_norm(self):
         model = tiny_model("llama")
         model.model.layers[0].input_layernorm = nn.Identity()

@@ -1,10 +1,12 @@
 """TRL's trainers: supervised fine-tuning with packing and without padding, DPO against a reference model."""
 
+import logging
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_geoscale import GeoScaleCallback, UnsupportedModelError, geometry_report, patch_model
+from hf_geoscale import GeoScaleCallback, GeoScaleConfig, geometry_report, patch_model
 from hf_geoscale.integrations import geoscale_layers, patched_layers
 
 from ..cli.conftest import text_file, tiny_folder  # noqa: F401
@@ -127,8 +129,17 @@ class TestDPO:
         run.train()
         self.check(run)
 
-    def test_a_reference_with_the_name_alone_is_an_error_that_helps(self, tiny_folder, tokenizer, tmp_path):  # noqa: F811
-        run = self.trainer(self.model(tiny_folder), tokenizer, tmp_path, callbacks=[GeoScaleCallback()])
+    @pytest.mark.parametrize("precision", ["standard", "high"])
+    def test_a_reference_with_the_name_alone(self, tiny_folder, tokenizer, tmp_path, precision, caplog):  # noqa: F811
+        """TRL copies the name to the reference that it builds; its first forward patches it, with the default configuration."""
+        callback = GeoScaleCallback(config=GeoScaleConfig(precision=precision))
+        run = self.trainer(self.model(tiny_folder), tokenizer, tmp_path, callbacks=[callback])
         assert patched_layers(run.accelerator.unwrap_model(run.ref_model)) == []
-        with pytest.raises(UnsupportedModelError, match=r"attach\(trainer\) patches its reference model too"):
+        with caplog.at_level(logging.WARNING):
             run.train()
+        reference = run.accelerator.unwrap_model(run.ref_model)
+        assert {layer.config for layer in geoscale_layers(reference)} == {GeoScaleConfig()}
+        said = "GeoScaleCallback().attach(trainer) gives a reference model its policy's" in caplog.text
+        assert said == (precision == "high")
+        if precision == "standard":
+            self.check(run)

@@ -1,0 +1,44 @@
+"""Function transforms and graph exporters that FP8 attention has no rules for, refused before torch stumbles over it."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..errors import UnsupportedAttentionError
+
+
+def may_be_transformed(operand: Tensor) -> bool:
+    """A quick look before each call: False in every ordinary forward."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+        or type(operand) is not Tensor
+    )
+
+
+def _transform(operands: tuple[Tensor, ...]) -> str | None:
+    """What is transforming the running forward; None for an ordinary one."""
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func (grad, vmap, jvp and their kin)"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    # torch 2.6 says of an export that it compiles; compiled code itself runs with that flag off
+    if getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)():
+        return "torch.export"
+    if any(forward_ad.unpack_dual(operand).tangent is not None for operand in operands):
+        return "forward-mode differentiation (torch.autograd.forward_ad)"
+    return None
+
+
+def refuse_transforms(*operands: Tensor) -> None:
+    """Raise UnsupportedAttentionError inside a transform or an exporter.
+
+    Scales are read off the weights in every forward, on the host, which neither can follow. `torch.func.functional_call` is no
+    transform: its weights are measured like any others.
+    """
+    if (what := _transform(operands)) is not None:
+        raise UnsupportedAttentionError(
+            f"FP8 attention has no rule for {what}: each forward reads the weights' versions and counts its calls in Python. "
+            "Call hf_geoscale.unpatch_model(model) first, and patch the model again afterwards"
+        )
