@@ -37,7 +37,7 @@ _patched_configs: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """Configs of models known to be patched, by id, so that later forwards look at no frames."""
 
 
-def attention_by_name(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs):
+def attention_by_name(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs):
     """`geoscale_attention_forward`, after patching the model of a module that nobody patched."""
     if may_be_transformed(query):
         refuse_transforms(query, key, value)
@@ -47,7 +47,7 @@ def attention_by_name(module: nn.Module, query: Tensor, key: Tensor, value: Tens
         at_home = False
     if not at_home:
         _find_home(module, module.__dict__.get("geoscale"))
-    return geoscale_attention_forward(module, query, key, value, mask, **kwargs)
+    return geoscale_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def mask_by_name(*args, config: Any = None, **kwargs):

@@ -10,13 +10,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..errors import UnsupportedModelError
 from ..geometry import Projection
 from ..kernels import check_head_dim
+from .calls import check_hooks
 from .decoders import FAMILIES
 from .norms import gain_and_shift
 from .refusals import REFUSED
 from .residual import ResidualStream, residual_stream
+from .rotary import rotary_state
 from .sharding import attribute, shards_followed, submodules
 from .upward import Upward, upward_to
-from .versions import module_versions, plain_versions
+from .versions import Identities, module_versions, plain_versions
 from .weights import EffectiveWeight, effective_weight
 
 
@@ -34,7 +36,8 @@ class AttentionSite:
     upward: Upward  # to the decoder block that holds the norm and the attention
     home: Upward  # to the model
     norm_layer: Any  # of the block
-    rotary: tuple[Any, ...]  # the model's rotary embeddings
+    rotary_paths: tuple[tuple[str, ...], ...]  # from the model to its rotary embeddings
+    rotary_found: tuple[Any, ...]  # those of a layer on its own
     stream: ResidualStream | None = None  # what enters the attention where no norm layer precedes it
 
     @property
@@ -45,6 +48,19 @@ class AttentionSite:
     def block(self) -> Any:
         """None for an attention on its own."""
         return self.upward.target()
+
+    @property
+    def rotary(self) -> tuple[Any, ...]:
+        """The model's rotary embeddings, as they are now; those found at patching for a layer on its own."""
+        if (model := self.home.target()) is None:
+            return self.rotary_found
+        found = []
+        for path in self.rotary_paths:
+            module = model
+            for name in path:
+                module = module._modules[name]
+            found.append(module)
+        return tuple(found)
 
     @property
     def model(self) -> Any:
@@ -114,11 +130,25 @@ class AttentionSite:
         training, modules = self.attention.training, modules or self.weight_modules()
         plain = plain_versions(modules) if training and not shards_followed() else None
         if plain is not None:
-            return (_optimizer_steps if plain[0] else None, training, *plain[1])
+            return (_optimizer_steps if plain[0] else None, training, *self._around(), *plain[1])
         owners = submodules(modules)
         trainable = _is_trainable(owners)
         steps = _optimizer_steps if trainable else None  # optimizers move nothing else
-        return (steps, training, *module_versions(owners, contents=not training))
+        return (steps, training, *self._around(), *module_versions(owners, contents=not training))
+
+    def _around(self) -> tuple:
+        """Hooks in front of the attention, and the rotary embeddings."""
+        rotary = self.rotary
+        return (*self.attention._forward_pre_hooks, Identities(rotary), *rotary_state(rotary))
+
+    def check_calls(self) -> None:
+        """Raise UnsupportedModelError for a hook in front of the attention that changes the tokens it gets."""
+        check_hooks(self.attention, self.describe("the attention"), self.width, before_only=True)
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.attention.config.hidden_size
 
 
 def _is_trainable(modules: Iterable[Any]) -> bool:
@@ -163,7 +193,8 @@ def attention_sites(model: Any) -> Iterator[AttentionSite]:
         raise UnsupportedModelError(
             "cross-attention (config.add_cross_attention=True) is not supported: keys come from elsewhere"
         )
-    rotary = tuple(m for name, m in model.named_modules() if name.rpartition(".")[2].startswith("rotary_emb"))
+    rotary = {name: m for name, m in model.named_modules() if name.rpartition(".")[2].startswith("rotary_emb")}
+    found = tuple(tuple(name.split(".")) for name in rotary), tuple(rotary.values())
     blocks = [m for m in model.modules() if hasattr(m, family.attention) and hasattr(m, family.input_norm)]
     if not blocks:
         raise UnsupportedModelError(
@@ -174,7 +205,7 @@ def attention_sites(model: Any) -> Iterator[AttentionSite]:
         stream = residual_stream(home, upwards[:index], family.post_norms) if family.post_norms else None
         attention, norm = attribute(block, family.attention), attribute(block, family.input_norm)
         own = upward_to(attention)
-        site = AttentionSite(model_type, index, own, upwards[index], home, norm, rotary, stream)
+        site = AttentionSite(model_type, index, own, upwards[index], home, norm, *found, stream)
         if getattr(block, "do_layer_norm_before", True) is False:  # OPT-350m
             raise UnsupportedModelError(
                 f"{_describe(site, family.input_norm)} follows the attention (do_layer_norm_before=False), so nothing bounds "

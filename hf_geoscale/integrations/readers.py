@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..geometry import Projection
+from .rotary import rotary_factor
 from .weights import EffectiveWeight
 
 if TYPE_CHECKING:
@@ -19,20 +20,6 @@ if TYPE_CHECKING:
 
 Projections = tuple[Projection, Projection, Projection]
 Operand = tuple[Tensor, Tensor | None, Tensor | None]  # weight (H, D, d), bias (H, D), excess (H, D)
-
-
-def rotary_factor(rotary: Sequence[Any]) -> float:
-    """Largest factor that rotary embeddings put on a vector's norm.
-
-    1 for a rotation; YaRN and its kin multiply cos and sin by an attention factor (Phi-MoE by an `mscale` of its own), which
-    channels beyond a partial rotation and layers without positions do not see, hence at least 1.
-    """
-    factors = [1.0]
-    for module in rotary:
-        factors += [value for name, value in vars(module).items() if name.endswith("attention_scaling")]
-        rope = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
-        factors += [rope[name] for name in ("short_mscale", "long_mscale") if rope.get(name) is not None]
-    return float(max(factors))
 
 
 def _head_counts(site: "AttentionSite") -> tuple[int, int]:

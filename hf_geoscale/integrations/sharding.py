@@ -171,7 +171,8 @@ def refuse_unreadable(modules: Iterable[nn.Module], where: str, enclosing: Itera
                 f"{where} is partitioned by DeepSpeed ZeRO-3, and not gathered while its attention runs; call patch_model before "
                 "accelerator.prepare (deepspeed.initialize), and the model through what that returns"
             )
-    flat = any("weight" in module.__dict__ for module in modules)  # use_orig_params=False leaves no parameters
+    # use_orig_params=False leaves no parameters; torch.nn.utils (prune, weight_norm) leaves others, refused by their own names
+    flat = any("weight" in module.__dict__ and not module._parameters for module in modules)
     if flat or any(getattr(parameter, "_fsdp_flattened", False) for parameter in marked):
         raise UnsupportedModelError(
             f"{where} is sharded by FSDP1 (FullyShardedDataParallel), whose flat parameters hide when a weight was written; "

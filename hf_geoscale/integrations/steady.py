@@ -12,8 +12,9 @@ from torch import nn
 from transformers.modeling_utils import is_fsdp_enabled
 
 from ..geometry import LayerGeometry, LayerMaps, MatrixKernels, SteadyBatch
+from .calls import call_state
 from .families import AttentionSite
-from .readers import rotary_factor
+from .rotary import rotary_factor
 from .sharding import shards_followed
 from .versions import MARKS
 
@@ -55,12 +56,13 @@ class SteadyLayers:
         ):
             return None
         found: list[tuple] = []
-        factors: dict[int, float] = {}  # the layers of a model share their rotary embeddings
+        factors: dict[tuple[int, ...], float] = {}  # the layers of a model share their rotary embeddings
         for layer, before in zip(layers, self.layouts, strict=True):
             site = layer.site
-            modules, factor = site.weight_modules(), factors.get(id(site.rotary))
-            if factor is None:
-                factor = factors[id(site.rotary)] = rotary_factor(site.rotary)
+            modules, rotary = site.weight_modules(), site.rotary
+            shared = tuple(map(id, rotary))
+            if (factor := factors.get(shared)) is None:
+                factor = factors[shared] = rotary_factor(rotary)
             if layer.geometry is None or layout(site, modules, factor) != before:
                 return None
             found.append(site.version(modules))
@@ -92,12 +94,25 @@ def layout(site: AttentionSite, modules: Sequence[Any], factor: float) -> tuple 
     if site.stream is not None:
         return None
     attention: Any = site.attention
-    found = [factor, site.softmax_scale, type(attention), attention.__dict__.get("head_dim"), *attention._modules]
+    found = [
+        factor,
+        site.softmax_scale,
+        type(attention),
+        attention.__dict__.get("head_dim"),
+        *attention._forward_pre_hooks,
+        *attention._modules,
+    ]
     for module in modules:
         own = module.__dict__
         if module._modules or "weight" in own:
             return None
-        found += type(module), own.get("offset"), own.get("zero_centered_gamma")
+        found += (
+            type(module),
+            type(module).forward,
+            call_state(module),
+            own.get("offset"),
+            own.get("zero_centered_gamma"),
+        )
         for name, p in module._parameters.items():
             if p is None:
                 found += name, None

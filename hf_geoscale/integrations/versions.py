@@ -1,16 +1,41 @@
 """Version of a module's effective weight: two calls that return the same have seen the same weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from operator import is_
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
+from .calls import call_state
 from .sharding import is_partitioned, shard_version, shards_followed
 
 _PARTS = frozenset(("SCB", "CB", "quant_state"))
 """Attributes in which bitsandbytes keeps tensors of a parameter."""
+
+
+class Identities:
+    """These very objects, tensors or modules: equal to another list of the same ones, and to no other at the same addresses.
+
+    An address and a write counter recur where a tensor is dropped and another takes its place. A weak reference to an object is
+    the same for as long as the object lives, and no later object has that reference.
+    """
+
+    __slots__ = ("_references",)
+
+    def __init__(self, objects: Iterable[Any]):
+        self._references = [*map(ref, objects)]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Identities):
+            return NotImplemented
+        mine, others = self._references, other._references
+        return len(mine) == len(others) and all(map(is_, mine, others))
+
+    __hash__ = None  # type: ignore[assignment]
+
 
 MARKS = _PARTS | {"ds_id", "full_tensor", "_fsdp_flattened"}
 """Attributes of parameters that are more than one tensor, or a part of one (`sharding.is_partitioned`, `is_shard`)."""
@@ -45,7 +70,8 @@ def module_versions(modules: Sequence[nn.Module], contents: bool) -> tuple:
                 tensors += stored(parameter)
     # An inference tensor counts no changes: a new object differs from every earlier version.
     writes = [(t.data_ptr(), object() if t.is_inference() else t._version) for t in tensors]
-    return (*[_state(m) for m in modules], *shards, *writes, checksum([*tensors, *gathered]) if contents else None)
+    bits = checksum([*tensors, *gathered]) if contents else None
+    return (*[_state(m) for m in modules], *shards, *writes, Identities(tensors), bits)
 
 
 def plain_versions(modules: Sequence[nn.Module]) -> tuple[bool, tuple] | None:
@@ -54,20 +80,25 @@ def plain_versions(modules: Sequence[nn.Module]) -> tuple[bool, tuple] | None:
 
     A layer asks for it in every forward, so it is one loop; `module_versions` is what it stands for.
     """
-    states, writes, trained = [], [], False
+    states: list[object] = []
+    writes, tensors, trained = [], [], False
     for module in modules:
         state, drops, adapts = _kind(type(module))  # type: ignore[arg-type]
         if module._modules or drops or adapts or "_disable_adapters" in module.__dict__:
             return None
-        states.append(state)
+        own = module.__dict__
+        called = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+        calls = call_state(module) if called else ()
+        states.append((*state, type(module).forward, calls, *module._parameters))
         for parameter in module._parameters.values():
             if parameter is None:
                 continue
             if type(parameter) is not nn.Parameter or not MARKS.isdisjoint(parameter.__dict__):
                 return None
             trained = trained or parameter.requires_grad
+            tensors.append(parameter)
             writes.append((parameter.data_ptr(), object() if parameter.is_inference() else parameter._version))
-    return trained, (*states, *writes, None)
+    return trained, (*states, *writes, Identities(tensors), None)
 
 
 def stored(parameter: Tensor) -> Iterator[Tensor]:
@@ -95,6 +126,7 @@ def _state(module: Any) -> tuple:
     """What decides a module's map besides tensors."""
     kind: Any = type(module)
     state, drops, adapts = _kind(kind)
+    state = (*state, kind.forward, call_state(module), *module._parameters)
     if drops:
         return (*state, module.p, module.training)
     if adapts or "_disable_adapters" in vars(module):  # PEFT's layers and wrappers
@@ -113,14 +145,25 @@ def _state(module: Any) -> tuple:
 
 @torch.no_grad()
 def checksum(tensors: list[Tensor]) -> tuple[int, ...]:
-    """Sums of the bits of each tensor as integers; empty tensors and those on the meta device count as 0."""
+    """Sums of the bits of each tensor as integers, weighted by row and by column, so that exchanged rows count as a write.
+
+    Empty tensors and those on the meta device count as 0.
+    """
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [
-        torch.zeros((), dtype=torch.int64)
-        if t.is_meta or not t.numel()
-        else t.detach().view(integers[t.element_size()]).sum(dtype=torch.int64)
-        for t in tensors
-    ]
+    sums: list[Tensor] = []
+    for t in tensors:
+        if t.is_meta or not t.numel():
+            sums.append(torch.zeros((), dtype=torch.int64))
+            continue
+        bits = t.detach().view(integers[t.element_size()])
+        bits = bits.reshape(-1, bits.shape[-1]) if bits.dim() else bits.reshape(1, 1)
+        sums += [_weighted(bits.sum(dim, dtype=torch.int64)) for dim in (0, 1)]
     if len({s.device for s in sums}) > 1:
         sums = [s.cpu() for s in sums]
     return tuple(torch.stack(sums).tolist()) if sums else ()
+
+
+def _weighted(sums: Tensor) -> Tensor:
+    """Each number times an odd one that grows with its place, wrapping around: ()."""
+    places = torch.arange(sums.numel(), device=sums.device, dtype=torch.int64)
+    return (sums * (2 * places + 1)).sum()

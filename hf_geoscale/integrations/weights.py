@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
+from .calls import check_forward, check_hooks
 from .sharding import is_partitioned, is_shard
 
 E4M3_MAX = 448.0
@@ -125,9 +126,14 @@ def effective_weight(
     Raises:
         UnsupportedModelError: a module that hides its effective weight, or a weight of another shape.
     """
+    inner = active_module(module)
+    for part in {id(m): m for m in (module, inner, getattr(inner, "base_layer", inner))}.values():
+        check_forward(part, where)
+        _refuse_reparametrised(part, where)
+        check_hooks(part, where, shape[0] if type(part) is Conv1D else shape[1])
     if (found := _whole_parameters(module)) is not None:
         return _of_shape(found, shape, where)
-    module = active_module(module)
+    module = inner
     if type(module) in _ORDINARY and type(module.weight) is nn.Parameter:
         return _of_shape(_plain_weight(module, where), shape, where)  # neither adapters nor casts
     from .adapters import is_adapter, with_adapters  # it needs this module
@@ -143,6 +149,23 @@ def effective_weight(
     if is_adapter(module):
         rows = with_adapters(module, rows, where, token)
     return rows.transposed if swap else rows
+
+
+_REPARAMETRISED = {"weight_mask": "prune", "weight_g": "weight_norm", "weight_u": "spectral_norm"}
+"""Parameters and buffers that torch.nn.utils leaves in a module, and the function that did."""
+
+
+def _refuse_reparametrised(module: Any, where: str) -> None:
+    """Raise UnsupportedModelError for a weight that a hook of torch.nn.utils computes anew in each forward."""
+    if "weight" not in module.__dict__:
+        return
+    for name, function in _REPARAMETRISED.items():
+        if name in module._parameters or name in module._buffers:
+            undo = "prune.remove(module, 'weight')" if function == "prune" else f"remove_{function}(module)"
+            raise UnsupportedModelError(
+                f"{where} has a weight that torch.nn.utils.{function} computes anew in each forward; no certificate follows it. "
+                f"Make it permanent first (torch.nn.utils.{undo}), or unpatch the model"
+            )
 
 
 def _of_shape(found: EffectiveWeight, shape: tuple[int, int], where: str) -> EffectiveWeight:
@@ -186,6 +209,12 @@ def _plain_weight(module: Any, where: str) -> EffectiveWeight:
     if type(weight).__module__.startswith("torchao."):
         return EffectiveWeight(_dequantised_torchao(weight, where), bias)
     absent = is_partitioned(weight) and weight.ds_status.name != "AVAILABLE"
+    if weight.is_meta and hasattr(module, "_hf_hook"):
+        raise UnsupportedModelError(
+            f"{where} is offloaded by accelerate, which brings its weight back in that projection's forward alone. Offload whole "
+            "decoder layers: pass their class to cpu_offload, disk_offload or dispatch_model, such as "
+            "preload_module_classes=['LlamaDecoderLayer']"
+        )
     if absent or is_shard(weight) or weight.is_meta:
         raise UnsupportedModelError(
             f"{where} is {'partitioned by DeepSpeed ZeRO-3' if absent else 'sharded or on the meta device'}; "

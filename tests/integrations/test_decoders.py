@@ -261,10 +261,18 @@ class TestResidualStream:
             assert (operand_bound(projection) <= 4.0 * bound).all()
 
 
+class OffsetRMSNorm(nn.RMSNorm):
+    """As Liger-Kernel's: the offset is an attribute."""
+
+    offset = 1.0
+
+    def forward(self, x):
+        return nn.functional.rms_norm(x, x.shape[-1:], self.weight + self.offset, 1e-6)
+
+
 class TestNorms:
     def test_the_offset_of_liger_kernel_is_part_of_the_gain(self):
-        norm = nn.RMSNorm(4)
-        norm.offset = 1.0
+        norm = OffsetRMSNorm(4)
         gain, _ = gain_and_shift(norm, "the norm")
         torch.testing.assert_close(gain, torch.full((4,), 2.0, dtype=torch.float64))
 

@@ -16,6 +16,11 @@ from .effective import overflows
 from .linears import SEPARATE, assert_linear_certified, assert_patched_is_close, attentions, swap
 
 
+def zero_centred_forward(norm, x):
+    """As Transformer Engine's layer norm computes it."""
+    return nn.functional.layer_norm(x, x.shape[-1:], 1 + norm.weight, norm.bias, norm.eps)
+
+
 class TestFloat8Linear:
     """torchao.float8, emulated: on the CPU it casts to E4M3 and multiplies in float32; a GPU multiplies in FP8."""
 
@@ -139,6 +144,7 @@ class TestTransformerEngine:
             norm.load_state_dict(block.ln_1.state_dict())
             if zero_centred:
                 norm.zero_centered_gamma = True
+                norm.forward = types.MethodType(zero_centred_forward, norm)
                 norm.weight.data -= 1
             block.ln_1 = norm
         patch_model(model)

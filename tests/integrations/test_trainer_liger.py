@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import types
 
 import pytest
 import torch
@@ -61,7 +62,9 @@ class TestLiger:
         monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", plain_rotary)
         for module in model.modules():
             if "RMSNorm" in repr(module).split("(")[0]:
-                module.forward = lambda x, m=module: torch.nn.functional.rms_norm(x, x.shape[-1:], m.weight, 1e-6)
+                module.forward = types.MethodType(
+                    lambda m, x: torch.nn.functional.rms_norm(x, x.shape[-1:], m.weight, 1e-6), module
+                )
             elif hasattr(module, "gate_proj"):
                 module.forward = lambda x, m=module: m.down_proj(
                     torch.nn.functional.silu(m.gate_proj(x)) * m.up_proj(x)
