@@ -99,7 +99,7 @@ def counters(contender: Contender) -> dict[str, int]:
     layers = geoscale_layers(contender.model)
     return {
         "calls": sum(layer.calls for layer in layers),
-        "fused_calls": sum(layer.fused_calls for layer in layers),
+        "front_end_calls": sum(layer.front_end_calls for layer in layers),
         "fallback_calls": sum(layer.delegated.total() for layer in layers),
         "overflows": sum(layer.statistics.overflows for layer in layers),
     }

@@ -235,7 +235,7 @@ def geoscale_attention_forward(
     if cached and layer.config.scaling == "geometry" and not _certified(scales, *seen):
         return _delegate(layer, "uncertified cache", module, query, key, value, attention_mask, **sdpa)
     layer.calls += 1
-    layer.fused_calls += rotary is not None or packed is not None
+    layer.front_end_calls += rotary is not None or packed is not None
     out: Any = attend(**_named(scales), dropout_p=dropout, statistics=layer.statistics)
     layer.observe(scales)
     return out.transpose(1, 2).contiguous(), None

@@ -52,7 +52,7 @@ class PatchedLayer:
         self.name = name  # for messages
         self.reason = reason  # why it is only counted
         self.calls = 0  # run in FP8
-        self.fused_calls = 0  # of those, with RoPE inside the kernels
+        self.front_end_calls = 0  # of those, with RoPE inside the kernels
         self.front_end = "interface"  # "fused", or why not
         self.delegated: Counter[str] = Counter()  # run by SDPA, by reason
         self.hooks: list[RemovableHandle] = []

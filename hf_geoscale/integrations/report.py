@@ -23,7 +23,7 @@ class GeometryReport:
     `k_amax`, `v_amax` (lists, largest entry after mixing), `logit_amax` (list) and `alpha_observed` (largest |logit| / B₁) with
     observe_logits; since patching: `utilisation` (largest entry / certificate; with delayed and current scaling, largest number
     before its cast / 448), `logit_utilisation` (the same of quantised logits, / 448), `overflows_by_operand`, `overflows` (their
-    sum), `calls`, `fused_calls` (of those, without a pass of elementwise work before the kernels), `front_end` ("fused", or why all
+    sum), `calls`, `front_end_calls` (of those, without a pass of elementwise work before the kernels), `front_end` ("fused", or why all
     calls go through the attention interface), `fallback_calls` and `fallback_reasons`. Recomputation under gradient checkpointing
     counts as a call of its own.
     Counts and maxima are of this process. Where FSDP2 shards the weights, certificates are those of the last forward (empty
@@ -43,7 +43,7 @@ class GeometryReport:
             "utilisation",
             "overflows",
             "FP8 calls",
-            "fused",
+            "front end",
             "SDPA calls",
         ),
     )
@@ -58,7 +58,7 @@ class GeometryReport:
         """The table's cells of one row, as text; – where nothing was observed."""
         bounds = ("sigma_lower", "sigma_upper", "q_bound", "k_bound", "v_bound", "logit_bound")
         shares = [_share(row[name]) for name in ("alpha_min", "alpha_observed", "utilisation")]
-        counts = [str(row[name]) for name in ("overflows", "calls", "fused_calls", "fallback_calls")]
+        counts = [str(row[name]) for name in ("overflows", "calls", "front_end_calls", "fallback_calls")]
         seen = [_worst(row[name]) for name in _OBSERVED]
         return [str(row["layer"]), *(_worst(row[name]) for name in bounds), shares[0], *seen, *shares[1:], *counts]
 
@@ -77,7 +77,7 @@ def _row(index: int, layer: PatchedLayer, model: Any, layers: int) -> dict:
     row |= dict.fromkeys(("alpha_min", "alpha_observed", "utilisation", *_OBSERVED))
     row |= {"logit_utilisation": None, "overflows_by_operand": {}}
     row |= {"overflows": 0, "calls": layer.calls, "fallback_calls": layer.delegated.total()}
-    row |= {"fused_calls": layer.fused_calls, "front_end": layer.front_end}
+    row |= {"front_end_calls": layer.front_end_calls, "front_end": layer.front_end}
     row["fallback_reasons"] = dict(layer.delegated)
     if isinstance(layer, GeoScaleLayer):
         row |= _measured(layer, model, layers)

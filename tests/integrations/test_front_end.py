@@ -45,7 +45,7 @@ class TestAgainstTheInterface:
         fused_logits, fused_grads = step(patch_model(model, backend="reference", fused_front_end=True), ids)
         assert relative(fused_logits, logits) < FLIPPED_ROUNDINGS
         assert relative(fused_grads, grads) < 4 * FLIPPED_ROUNDINGS  # of six rounded factors instead of two
-        assert [row["fused_calls"] for row in geometry_report(model).rows] == [1, 1]
+        assert [row["front_end_calls"] for row in geometry_report(model).rows] == [1, 1]
 
     @pytest.mark.usefixtures("hardware_rounding")
     @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
@@ -77,7 +77,7 @@ class TestAgainstTheInterface:
         plain = model(ids, attention_mask=bias).logits
         patch_model(model, backend="reference", fallback="sdpa")
         torch.testing.assert_close(model(ids, attention_mask=bias, use_cache=False).logits, plain)
-        assert [row["fused_calls"] for row in geometry_report(model).rows] == [0, 0]
+        assert [row["front_end_calls"] for row in geometry_report(model).rows] == [0, 0]
 
 
 class Operations(TorchDispatchMode):

@@ -24,7 +24,7 @@ class TestWhichCalls:
         model, ids = tiny_model(family), tokens(1, 70)
         interface = patch_model(model, fused_front_end=False).generate(ids, max_new_tokens=4, do_sample=False)
         assert torch.equal(patch_model(model).generate(ids, max_new_tokens=4, do_sample=False), interface)
-        assert geometry_report(model).rows[0]["fused_calls"] == 0
+        assert geometry_report(model).rows[0]["front_end_calls"] == 0
 
     def test_other_scalings_keep_to_the_interface(self):
         model = patch_model(tiny_model("llama"), scaling="delayed")
@@ -111,7 +111,7 @@ class TestWhichCalls:
                 module.p = 0.0
         interface = patch_model(model, backend="reference", fused_front_end=False)(input_ids=ids, labels=ids)
         fused = patch_model(model, backend="reference")(input_ids=ids, labels=ids)
-        assert geometry_report(model).rows[0]["fused_calls"] == 1
+        assert geometry_report(model).rows[0]["front_end_calls"] == 1
         torch.testing.assert_close(fused.loss, interface.loss, rtol=FLIPPED_ROUNDINGS, atol=0)
         for layer, other in zip(fused.past_key_values.layers, interface.past_key_values.layers, strict=True):
             assert relative(layer.keys, other.keys) < FLIPPED_ROUNDINGS
@@ -165,4 +165,4 @@ class TestReversible:
             attention_of(model).q_proj.weight.zero_()
         assert attention_of(other).forward.attention is attention_of(other)
         assert not torch.equal(model(ids, use_cache=False).logits, other(ids, use_cache=False).logits)
-        assert geometry_report(other).rows[0]["fused_calls"] == 1
+        assert geometry_report(other).rows[0]["front_end_calls"] == 1

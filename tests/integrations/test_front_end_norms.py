@@ -91,7 +91,7 @@ def test_other_norms_stay_outside(monkeypatch, given_norms, change):
     interface = patch_model(model, backend="reference", fused_front_end=False)(ids).logits
     fused = patch_model(model, backend="reference")(ids, use_cache=False).logits
     assert given_norms[2:] == [False, False]
-    assert [row["fused_calls"] for row in geometry_report(model).rows] == [1, 1]
+    assert [row["front_end_calls"] for row in geometry_report(model).rows] == [1, 1]
     assert relative(fused, interface) < FLIPPED_ROUNDINGS
 
 

@@ -149,7 +149,7 @@ class TestFrontEndAgainstCaches:
         with torch.no_grad():
             fused = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
             cached = model(ids, attention_mask=mask, past_key_values=new_cache("static", model), use_cache=True).logits
-        assert [row["fused_calls"] for row in geometry_report(model).rows] == [1, 1]
+        assert [row["front_end_calls"] for row in geometry_report(model).rows] == [1, 1]
         assert relative(cached[mask.bool()], fused) < FUSED_RUNS
 
     @pytest.mark.gpu
@@ -161,7 +161,7 @@ class TestFrontEndAgainstCaches:
             fused = model(ids, use_cache=False).logits
             chunks = in_chunks(model, ids, (70, CONTINUATION_ROWS), DynamicCache(config=model.config))
         assert calls(model) == (3, {})
-        assert [row["fused_calls"] for row in geometry_report(model).rows] == [1, 1]
+        assert [row["front_end_calls"] for row in geometry_report(model).rows] == [1, 1]
         assert relative(chunks, fused) < FUSED_RUNS
 
     @pytest.mark.gpu
@@ -173,7 +173,7 @@ class TestFrontEndAgainstCaches:
             model, ids = self.patched(family, fused_front_end=fused).train(), tokens(2, 30)
             torch.manual_seed(3)  # dropout of GPT-2
             model(ids, labels=ids, use_cache=use_cache).loss.backward()
-            assert [row["fused_calls"] for row in geometry_report(model).rows] == [int(fused)] * 2
+            assert [row["front_end_calls"] for row in geometry_report(model).rows] == [int(fused)] * 2
             grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         assert torch.equal(grads[0], grads[1])
         assert relative(grads[0], grads[2]) < FUSED_RUNS

@@ -158,7 +158,7 @@ class TestFrontEnd:
         patch_model(model, span_scaling=SCALING)
         exact = train_step(model, ids)
         row = geometry_report(model).rows[0]
-        assert (row["front_end"], row["fused_calls"]) == ("span scaling looks at rotated queries and keys", 0)
+        assert (row["front_end"], row["front_end_calls"]) == ("span scaling looks at rotated queries and keys", 0)
         patch_model(model, span_scaling=SCALING, fused_front_end=False)
         assert torch.equal(train_step(model, ids), exact)
         patch_model(model, span_scaling=SpanScaling(1.0, 1.0))
