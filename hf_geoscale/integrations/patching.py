@@ -17,6 +17,7 @@ from ..config import GeoScaleConfig
 from ..errors import UnsupportedModelError
 from ..scaling import DelayedScaling
 from . import front_end
+from .announcement import announce
 from .attention import geoscale_attention_forward
 from .families import attention_sites
 from .front_end import NAME
@@ -209,6 +210,7 @@ def patch_model(model: PreTrainedModel, config: GeoScaleConfig | None = None, **
     _warn_of_replaced_forwards(layers)
     for layer in layers:
         front_end.install(layer)
+    announce(layers)
     return outer
 
 
