@@ -2,6 +2,7 @@
 
 from .certificates import UNIT_ROUNDOFF, Projection, entry_bound, logit_bound, norm_bound, operand_bound
 from .layer import LayerGeometry, LayerMaps, measure_interaction, measure_layer, measure_layers
+from .placement import has_float64, measuring_device
 from .rank_aware import alpha_min, rank_aware_gain, typicality_gamma
 from .spectral import (
     gram,
@@ -26,6 +27,7 @@ __all__ = [
     "alpha_min",
     "entry_bound",
     "gram",
+    "has_float64",
     "interaction_power_iteration",
     "interaction_sigma_upper",
     "logit_bound",
@@ -33,6 +35,7 @@ __all__ = [
     "measure_interaction",
     "measure_layer",
     "measure_layers",
+    "measuring_device",
     "norm_bound",
     "operand_bound",
     "power_iteration",

@@ -13,6 +13,7 @@ from ..kernels import check_head_dim
 from .calls import check_hooks
 from .decoders import FAMILIES
 from .norms import gain_and_shift
+from .placement import where_measured
 from .refusals import REFUSED
 from .residual import ResidualStream, residual_stream
 from .rotary import rotary_state
@@ -98,12 +99,13 @@ class AttentionSite:
         return FAMILIES[self.family].softmax_scale(self.attention)
 
     def projections(self) -> tuple[Projection, Projection, Projection]:
-        """The affine maps from the normalised token to q, k and v, with today's weights.
+        """The affine maps from the normalised token to q, k and v, with today's weights, on the device that measures them.
 
         Raises:
             UnsupportedModelError: an unknown norm, adapter or quantisation, or a sharded weight.
         """
-        return FAMILIES[self.family].read(self)
+        with where_measured(self.weight_modules()):
+            return FAMILIES[self.family].read(self)
 
     def parameters(self) -> list[Tensor]:
         """The unquantised parameters that decide the projections."""

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from ..stability import EarlyWarning, FragilityReport, NormEpsilonController
 from ..stability.fragility import Norms
 from ..stability.fragility_risk import Precision, resolve_rest
 from .fragility import FragilityProbe
+from .reporting import ReportingCallback
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +22,14 @@ EVERY_N_STEPS = 100
 """Default cadence, meant to cost at most 5 % of the training time; benchmarks/fragility.py measures it."""
 
 
-class FragilityCallback(TrainerCallback):
+class FragilityCallback(ReportingCallback):
     """Probes the model every N optimizer steps with one sequence, and logs what it finds. Changes nothing unless told to.
 
     The same tokens are probed each time, so that the series shows the weights: `batch`, or the first rows of the first training
     batch. Each log gains, of the latest probe, `fragility/predicted` (Σ risk), `fragility/kappa_softmax` (largest of any layer),
     `fragility/worst_layer`; and of all since the last log `fragility/seconds`; with a warning rule `fragility/warnings` and with a
     controller `fragility/epsilon_actions` (totals). All of this process: nothing is reduced over processes, and a controller is
-    refused where there are several. Reporters such as W&B run before user callbacks: `attach(trainer)` puts this one first.
+    refused where there are several. Reporters such as W&B get it too: the callback moves itself in front of them (`reporting`).
 
     Args:
         every_n_steps: N ≥ 1; the first probe is after step 1, the next after steps N, 2N…
@@ -76,15 +76,8 @@ class FragilityCallback(TrainerCallback):
         ] = []  # of every probe; the first finds the weights' singular vectors and is slower
         self._hook: Any = None
 
-    def attach(self, trainer) -> "FragilityCallback":
-        """Add this callback ahead of the trainer's reporters, so that they receive the metrics too; returns it."""
-        callbacks = trainer.callback_handler.callbacks
-        if self in callbacks:
-            callbacks.remove(self)
-        callbacks.insert(0, self)
-        return self
-
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.come_first()
         if self.controller is not None and args.world_size > 1:
             raise ValueError(
                 f"FragilityCallback(controller=...) needs training in one process, got {args.world_size}: each process probes its "
@@ -154,9 +147,7 @@ class FragilityCallback(TrainerCallback):
         if self.controller is not None:
             metrics["fragility/epsilon_actions"] = len(self.controller.actions)
         self.seconds = 0.0
-        logs.update(metrics)
-        if state.log_history:
-            state.log_history[-1].update(metrics)
+        self.add_metrics(state, logs, metrics)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._unhook()

@@ -26,7 +26,6 @@ from .layer import GeoScaleLayer
 from .projections import is_bare, project
 from .refresh import RefreshGroup
 
-
 FUSED = "fused"
 """`GeoScaleLayer.front_end` of a layer with a fused forward; any other says why it has none."""
 

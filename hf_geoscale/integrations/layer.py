@@ -8,17 +8,19 @@ from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config import GeoScaleConfig
 from ..errors import UnsupportedModelError
 from ..geometry import LayerGeometry, LayerMaps, alpha_min
-from ..kernels import AttentionStatistics
+from ..kernels.backend import NONE
 from ..registration import NAME
 from ..scaling import E4M3, CallOperands, QuantScales, strategy_of
+from .announcement import Said, planned
 from .families import AttentionSite
 from .host_values import HostValues
+from .observations import Observations
 from .refresh import RefreshGroup
 from .sharding import (
     can_be_read,
@@ -29,7 +31,6 @@ from .sharding import (
     refuse_unreadable,
 )
 from .upward import anchored
-from .utilisation import Utilisation, add_together
 from .zero3 import gather_together, partitioned_parameters, pass_by_position
 
 DEFAULT_LENGTH = 4096
@@ -72,6 +73,11 @@ class PatchedLayer:
         """Why no call will run in FP8; None where calls do."""
         return self.reason or None
 
+    @property
+    def kernels(self) -> str:
+        """What runs its FP8 calls."""
+        return NONE
+
     def describe(self) -> str:
         """One line of numerics for `print(model)`."""
         return f"geoscale: attention unchanged ({self.reason})"
@@ -85,7 +91,7 @@ class PatchedLayer:
         self.delegated["unsupported model"] += 1
 
 
-class GeoScaleLayer(PatchedLayer):
+class GeoScaleLayer(Observations, PatchedLayer):
     """State of one attention module that runs in FP8.
 
     Nothing of it enters a checkpoint: everything is recomputed from the weights. A layer refreshes itself when a forward
@@ -103,7 +109,8 @@ class GeoScaleLayer(PatchedLayer):
         alpha: float | None = None,
         enclosing: tuple[nn.Module, ...] = (),
     ):
-        super().__init__(config, f"{site.family} layer {site.layer}", site.family)
+        PatchedLayer.__init__(self, config, f"{site.family} layer {site.layer}", site.family)
+        Observations.__init__(self, config.observe_logits)
         self.site = site
         self._enclosing: list[ref[nn.Module]] | None = [ref(module) for module in enclosing]
         self.follows_shards = False
@@ -111,10 +118,7 @@ class GeoScaleLayer(PatchedLayer):
         self.geometry: LayerGeometry | None = None
         self.weights_version: tuple | None = None  # None: stale
         self.group = RefreshGroup()
-        self.sigma_before: Tensor | None = None  # (Hq,) sigma_lower before the last refresh
-        self.statistics = AttentionStatistics(config.observe_logits)
-        self.utilisation = Utilisation()
-        self.observed: dict[str, Tensor] = {}  # operand → (H,), largest magnitude in real units since the last refresh
+        self.said = Said()
         self._measured: tuple[HostValues, int] | None = (
             None  # numbers of the last refresh, and this layer's place in them
         )
@@ -125,16 +129,10 @@ class GeoScaleLayer(PatchedLayer):
         So no tensor is shared with the original, whose counters are written in place, and none needs a file descriptor on the
         way to another process.
         """
-        of_these_weights = ("geometry", "weights_version", "sigma_before", "_measured", "_enclosing")
-        counted = {
-            "calls": 0,
-            "front_end_calls": 0,
-            "delegated": Counter(),
-            "observed": {},
-            "utilisation": Utilisation(),
-        }
-        counted["statistics"] = AttentionStatistics(self.config.observe_logits)
-        state = self.__dict__ | dict.fromkeys(of_these_weights) | counted
+        of_these_weights = ("geometry", "weights_version", "_measured", "_enclosing")
+        counted = {"calls": 0, "front_end_calls": 0, "delegated": Counter()}
+        observed = vars(Observations(self.config.observe_logits))
+        state = self.__dict__ | dict.fromkeys(of_these_weights) | counted | observed
         return state | {"follows_shards": False, "at_home": False}
 
     def move(self, site: AttentionSite) -> None:
@@ -182,7 +180,8 @@ class GeoScaleLayer(PatchedLayer):
 
     def use(self, geometry: LayerGeometry, version: tuple, values: HostValues, place: int) -> None:
         """Take this geometry; the scales follow."""
-        self.sigma_before = None if self.geometry is None else self.geometry.sigma_lower
+        self.enter(self.site.attention.training)
+        self.forget(geometry)
         self.geometry, self.weights_version, self._measured = geometry, version, (values, place)
 
     @property
@@ -235,6 +234,7 @@ class GeoScaleLayer(PatchedLayer):
         if self.weights_version is not None:
             look_at_shards(self.site.weight_modules())
             self.weights_version = self.site.version()
+            self.enter(self.site.attention.training)
 
     def scales(self, call: CallOperands) -> QuantScales:
         """Scales of this call, of today's weights."""
@@ -242,7 +242,11 @@ class GeoScaleLayer(PatchedLayer):
         return self.scaling.quant_scales(call)
 
     def observe(self, scales: QuantScales) -> None:
-        """After a call with these scales: tell the strategy what it saw, if it asks."""
+        """After a call with these scales: note what ran it, and tell the strategy what it saw, if it asks."""
+        if (ran := self.statistics.kernels) is not None:
+            self.kernel_calls[ran] += 1
+            if ran not in self.said.names:
+                self.said.say(self, ran)
         if not self.scaling.observes:
             return
         amax = {name: used * (E4M3.max / getattr(scales, name)) for name, used in self.statistics.latest.items()}
@@ -271,59 +275,16 @@ class GeoScaleLayer(PatchedLayer):
         return max((torch.finfo(p.dtype).eps for p in self.site.parameters()), default=0.0)
 
     @property
-    def sigma_drift(self) -> Tensor:
-        """Largest relative change of `sigma_lower` at the last refresh: ()."""
-        if self.geometry is None or self.sigma_before is None:
-            return torch.zeros(())
-        old = self.sigma_before.to(self.geometry.sigma_lower.device)
-        return (self.geometry.sigma_lower / old.clamp_min(torch.finfo(old.dtype).tiny) - 1).abs().amax()
-
-    def collect(self) -> None:
-        """Move what the calls saw out of the op's statistics; waits for no device."""
-        if self.config.scaling == "geometry" and self.geometry is not None:
-            for name, used in self.statistics.range_used.items():
-                if name != "logit":
-                    bound = getattr(self.geometry, f"{name}_bound").to(used.device, torch.float32)
-                    self.observed[name] = _largest(used * self._range * bound, self.observed.get(name))
-        self._collect_earlier()
-        add_together([(self.utilisation.interval, self.statistics.range_used)])
-        self.statistics.range_used = {}
-
-    def _collect_earlier(self) -> None:
-        """What calls before the last refresh saw: of other weights, so of no use to `observed`."""
-        add_together([(self.utilisation.interval, self.statistics.take_earlier())])
-
-    def _peak(self, *names: str) -> float | None:
-        self._collect_earlier()
-        used = self.utilisation.peak(*names)
-        return None if used is None else float(used) * self._range
-
-    @property
-    def _range(self) -> float:
-        """The certificate in units of the range."""
-        return self.config.headroom if self.config.scaling == "geometry" else 1.0
-
-    def drain_utilisation(self) -> float | None:
-        """Worst utilisation (largest entry / certificate, or / largest number) since the last call; None without a forward."""
-        self.collect()
-        used = self.utilisation.drain()
-        return None if used is None else float(used) * self._range
-
-    @property
-    def peak_utilisation(self) -> float | None:
-        """Worst utilisation of q, k and v since patching; None without a forward."""
-        return self._peak("q", "k", "v")
-
-    @property
-    def peak_logit_utilisation(self) -> float | None:
-        """The same of quantised logits."""
-        return self._peak("logit")
+    def kernels(self) -> str:
+        """What ran its calls, most first; before one, what would run it. Names of `kernels.backend.kernels_on`."""
+        ran = [name for name, _ in self.kernel_calls.most_common()]
+        return ", ".join(ran) or planned(self).name
 
     def describe(self) -> str:
         if self.elsewhere is not None:
             return f"geoscale: not in FP8 ({self.elsewhere})"
         if self.geometry is None:
-            return "geoscale: not measured yet"
+            return f"geoscale: not measured yet, {self.kernels}"
         bounds = (self.geometry.q_bound, self.geometry.k_bound, self.geometry.v_bound, self.geometry.logit_bound)
         q, k, v, logit = (float(b.amax()) for b in bounds)
         mixing = "hadamard" if self.config.incoherent else "no hadamard"
@@ -333,10 +294,6 @@ class GeoScaleLayer(PatchedLayer):
         if (spans := self.config.span_scaling) is not None:
             source += f", gradient spans × {spans.a_parallel:g}, {spans.a_perpendicular:g}"
         return (
-            f"geoscale: E4M3, {source}, {self.config.precision}, {mixing}, headroom {self.config.headroom:g}, "
+            f"geoscale: E4M3, {source}, {self.config.precision}, {mixing}, headroom {self.config.headroom:g}, {self.kernels}, "
             f"|q| ≤ {q:.3g}, |k| ≤ {k:.3g}, |v| ≤ {v:.3g}, |logit| ≤ {logit:.3g}"
         )
-
-
-def _largest(new: Tensor, old: Tensor | None) -> Tensor:
-    return new if old is None else torch.maximum(new, old.to(new.device))

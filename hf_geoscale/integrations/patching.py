@@ -13,6 +13,7 @@ from ..config import GeoScaleConfig, resolve_config
 from ..errors import UnsupportedModelError
 from ..registration import NAME
 from . import front_end
+from .announcement import announce
 from .families import AttentionSite, attention_sites
 from .implementation import restore, switch, watch
 from .layer import GeoScaleLayer, PatchedLayer, model_alpha_min
@@ -184,6 +185,7 @@ def patch_model(model: Model, config: GeoScaleConfig | None = None, **overrides:
             layer.mark_stale()
     _install(inner, layers)
     _warn_of_replaced_forwards(layers)
+    announce(layers)
     return outer
 
 

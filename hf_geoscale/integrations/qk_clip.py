@@ -5,7 +5,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from ..errors import UnsupportedModelError
 from ..geometry import logit_bound, operand_bound
@@ -15,13 +14,14 @@ from .layer import GeoScaleLayer
 from .logit_observer import LogitObserver
 from .logit_weights import AttentionSlices, base_model, logit_weights
 from .patched import patched_layers
+from .reporting import ReportingCallback
 from .sharding import is_shard
 
 THRESHOLD = 100.0
 """Of Kimi K2 (arXiv 2507.20534)."""
 
 
-class QKClip(TrainerCallback):
+class QKClip(ReportingCallback):
     """Clips W_Q and W_K of every head after an optimizer step: the head's logits shrink by γ = min(1, threshold / S_max).
 
         clip = QKClip(model)                     # raw loop
@@ -158,9 +158,7 @@ class QKClip(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None:
             metrics = {"qk_clip/clipped_heads": self.clipped_heads, "qk_clip/logit_amax": self.logit_amax}
-            logs.update(metrics)
-            if state.log_history:
-                state.log_history[-1].update(metrics)
+            self.add_metrics(state, logs, metrics)
 
 
 def _forget_evaluation(attention: nn.Module) -> list[Any]:

@@ -128,7 +128,6 @@ class Measurement:
         for index, (layer, geometry, version) in enumerate(
             zip(self.layers, self.geometries, self.versions, strict=True)
         ):
-            layer.observed = {}
             layer.use(geometry, version, self._values, index)
         with _exact_arithmetic():
             refresh_together([layer.scaling for layer in self.layers], self.geometries)

@@ -16,6 +16,11 @@ class Utilisation:
         self.interval: dict[str, Tensor] = {}
         self.earlier: dict[str, Tensor] = {}
 
+    @property
+    def seen(self) -> bool:
+        """Whether there was any call."""
+        return bool(self.interval or self.earlier)
+
     def drain(self) -> Tensor | None:
         """Largest share of q, k and v since the last drain, (); None where there was no call."""
         drained, self.interval = self.interval, {}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..scaling.formats import E4M3
 from . import reference
-from .backend import TRITON_INSTALLED, resolve_backend
+from .backend import PLAIN, TRITON_INSTALLED, resolve_backend
 from .checks import check_operands, check_packed, check_qk_norm, check_rotary, check_scales
 from .counters import counters_of, length_of
 from .qk_norm import QKNorm, normalise_and_rotate
@@ -72,6 +72,7 @@ def _reference(
         dropout_seed = torch.randint(2**63 - 1, (), device="cpu")
     options = reference.Options(softmax_scale, incoherent, dropout_p, int(dropout_seed or 0), softcap)
     statistics = statistics or AttentionStatistics()
+    statistics.kernels = PLAIN
     query, key = normalise_and_rotate(query, key, qk_norm, rotary, interleaved)
     return _ReferenceAttention.apply(query, key, value, *scales, visibility, options, precision, statistics)
 
@@ -113,7 +114,16 @@ def _fused(
         precision == "high", statistics is not None, observe, *norm,
     )  # fmt: skip
     if statistics is not None:
-        statistics.add_casts(counted, (heads, kv_heads, kv_heads))
+        call = (
+            device,
+            query.shape[3],
+            precision == "high",
+            dropout_p > 0,
+            softcap is not None,
+            observe,
+            scales[3] is not None,
+        )
+        statistics.add_casts(counted, (heads, kv_heads, kv_heads), call)
         if observe or scales[3] is not None:
             logit_max = counters_of(counted, batch, heads, kv_heads, True, True).logit_max[:heads]
         if scales[3] is not None:

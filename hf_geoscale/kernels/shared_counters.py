@@ -30,10 +30,10 @@ def start_over(statistics: Sequence[AttentionStatistics]) -> None:
     if earlier is not None and earlier.has_rows_of(statistics, counts, device):
         earlier.add(overflow, amax)
     else:
-        earlier = Earlier(overflow, amax, counts)
+        earlier = Earlier(overflow, amax.clone(), counts)
     spare = torch.zeros(len(statistics), length + -length % ALIGNMENT, dtype=torch.float32, device=device)
     for i, (s, row) in enumerate(zip(statistics, spare[:, :length].unbind(), strict=True)):
-        s.hand_over(earlier, i, row)
+        s.hand_over(earlier, i, row, amax)
 
 
 def _alike(statistics: Sequence[AttentionStatistics]) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..scaling.formats import E4M3
-from .backend import stream_of
+from .backend import fused_kernels, stream_of
 from .counters import amax_of, overflow_of
 
 CASTS_KEPT = 32
@@ -40,16 +40,45 @@ class Earlier:
         return shares
 
 
+class Interval:
+    """What calls of one layer between two `start_over`s used of the range.
+
+    Args:
+        ranges: shares by operand, or None where `amax` holds them.
+        amax: (L, Hq + 2·Hkv) in FP8 units, of which `row` is this layer's.
+        counts: heads of q, k and v.
+        logit_amax: (Hq,) as `AttentionStatistics.logit_amax`.
+    """
+
+    def __init__(
+        self,
+        ranges: dict[str, Tensor] | None,
+        amax: Tensor | None,
+        row: int,
+        counts: tuple[int, int, int],
+        logit_amax: Tensor | None,
+    ):
+        self._ranges, self._amax, self._row, self._counts, self.logit_amax = ranges, amax, row, counts, logit_amax
+
+    def ranges(self) -> dict[str, Tensor]:
+        """Shares of the range by operand, (H,) each."""
+        if self._ranges is None and self._amax is not None:
+            return _by_operand(self._amax[self._row] / E4M3.max, self._counts)
+        return self._ranges or {}
+
+
 class AttentionStatistics:
     """Running totals over calls since the last `reset`; all on the operands' device. Ranges start over with `start_over`.
 
     `range_used` maps "q", "k", "v" to (H,): the largest |x·quant_scale| / 448 seen per head; above 1 is an overflow. "logit",
     (Hq,), is there with quantised logits. `latest` has the same of the last call alone, until ranges start over.
     `logit_amax` is (Hq,): the largest visible |q·k|·softmax_scale, before any soft cap, or None unless `observe_logits`.
+    `kernels` is what ran the last call that no compiler traced: a name of `backend.kernels_on`; None before one.
     """
 
     def __init__(self, observe_logits: bool = False):
         self.observe_logits = observe_logits
+        self.kernels: str | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -65,6 +94,7 @@ class AttentionStatistics:
         self.earlier: Earlier | None = None  # calls before `start_over`, if they were counted together
         self._row = 0  # of these
         self._untaken = False  # whether ranges are in that row
+        self.before: Interval | None = None  # the last calls before `start_over`
         self._earlier_ranges: dict[str, Tensor] = {}  # those that are not
         self._spare: tuple[Tensor, int] | None = None  # zeros for the next call's counters, their stream
         self.logit_amax: Tensor | None = None
@@ -86,6 +116,7 @@ class AttentionStatistics:
         self,
         buffer: Tensor,  # (N,) of `counters.zeroed`, with what a fused forward counted
         counts: tuple[int, int, int],  # heads of q, k and v
+        call: tuple | None = None,  # arguments of `fused_kernels`
     ) -> None:
         """Add what a fused forward counted: added up when somebody reads it, or with that of many calls."""
         if counts != self._counts:
@@ -93,8 +124,11 @@ class AttentionStatistics:
             fold_ranges([self])
         self._casts.append(buffer)
         self._counts, self._latest_casts = counts, buffer
-        if len(self._casts) >= CASTS_KEPT or torch.compiler.is_compiling():  # guards would follow the length of a list
+        compiling = torch.compiler.is_compiling()
+        if len(self._casts) >= CASTS_KEPT or compiling:  # guards would follow the length of a list
             self._fold_casts()
+        if call is not None and not compiling:
+            self.kernels = fused_kernels(*call).name
 
     @property
     def casts(self) -> list[Tensor]:
@@ -125,8 +159,13 @@ class AttentionStatistics:
         zeros, stream = spare
         return zeros if zeros.shape[0] == length and zeros.device == device and stream == stream_of(device) else None
 
-    def hand_over(self, earlier: Earlier, row: int, spare: Tensor) -> None:
-        """Leave the buffers of calls, which `earlier` has taken up, for one of zeros."""
+    def hand_over(self, earlier: Earlier, row: int, spare: Tensor, amax: Tensor) -> None:
+        """Leave the buffers of calls, which `earlier` has taken up, for one of zeros.
+
+        Args:
+            amax: (L, Hq + 2·Hkv) of these calls alone, in FP8 units; kept as `before`.
+        """
+        self.before = Interval(None, amax, row, self._counts, self.logit_amax)
         if not self.is_row(earlier, row):
             self._leave_row()
         self.earlier, self._row, self._untaken = earlier, row, True
@@ -137,6 +176,8 @@ class AttentionStatistics:
     def keep_earlier(self) -> None:
         """Set `range_used`, which `fold_ranges` has brought up to date, aside for `take_earlier`, without other layers."""
         self._fold_casts()
+        if self._range_used:
+            self.before = Interval(self._range_used, None, 0, self._counts, self.logit_amax)
         _widen(self._earlier_ranges, self._range_used)
         self._range_used, self.logit_amax, self._spare = {}, None, None
         self._latest, self._latest_casts = {}, None
@@ -211,6 +252,19 @@ class AttentionStatistics:
         if self._gradient_overflow is not None:
             counts["logit gradient"] = counts.get("logit gradient", 0) + int(self._gradient_overflow)
         return counts
+
+    @property
+    def total(self) -> Tensor | None:
+        """Overflow count of all operands, () int64, without waiting for the device; None before a call."""
+        self._fold_casts()
+        counts = list(self._overflow.values())
+        if self._cast_overflow is not None:
+            counts.append(self._cast_overflow.sum())
+        if self.earlier is not None:
+            counts.append(self.earlier.overflow[self._row].sum())
+        if self._gradient_overflow is not None:
+            counts.append(self._gradient_overflow[0])
+        return torch.stack([_on_device_of(counts[0], x) for x in counts]).sum() if counts else None
 
     @property
     def overflows(self) -> int:

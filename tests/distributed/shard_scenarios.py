@@ -187,6 +187,7 @@ def scheduled(device: str, strategy: str, lr: float, steps: int = 5) -> dict:
             wrapped(input_ids=batch, labels=batch).loss.backward()
             optimizer.step()
             callback.on_optimizer_step(None, None, None, model=wrapped, optimizer=optimizer)
+            callback.on_step_end(None, None, None, model=wrapped)
             optimizer.zero_grad()
         found["measured"].append(measured[0])
         found["scales"].append(scales_of(model))

@@ -214,7 +214,7 @@ class TestBackend:
 
     def test_a_device_without_fp8_is_named(self, monkeypatch):
         monkeypatch.setattr("hf_geoscale.kernels.backend.INTERPRETED", False)
-        with pytest.raises(RuntimeError, match=r'backend="triton" cannot run: they need an NVIDIA GPU.*\'cpu\''):
+        with pytest.raises(RuntimeError, match=r'backend="triton" cannot run: the kernels need an NVIDIA GPU.*\'cpu\''):
             resolve_backend("triton", torch.device("cpu"))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")

@@ -6,6 +6,7 @@ Same arithmetic and operands as the portable kernels, which take what these do n
 
 import warnings
 from importlib import import_module
+from itertools import compress
 from types import ModuleType
 
 import torch
@@ -31,6 +32,10 @@ if tuple(map(int, triton.__version__.split(".")[:2])) >= TRITON_WITH_GLUON and n
         )
 
 
+_NOT_HERE = 'precision="high"', "dropout", "a soft cap", "quantised logits", "observed logits"
+"""What a call can ask for that the portable kernels have, and these do not."""
+
+
 def runs(device: torch.device, padded_dim: int) -> bool:
     """Whether there are Hopper kernels for a device and a padded head dimension."""
     if launch is None or not is_hopper(device):
@@ -38,8 +43,34 @@ def runs(device: torch.device, padded_dim: int) -> bool:
     return padded_dim in launch.TABLE
 
 
+def why_not(
+    device: torch.device,
+    padded_dim: int,
+    high: bool,
+    dropout: bool,
+    softcap: bool,
+    counters: bool,
+    quantized_logits: bool,
+) -> str | None:
+    """Why a call needs the portable kernels; None where these serve it.
+
+    Args:
+        counters: whether logits and dS8 are counted.
+    """
+    if launch is not None and runs(device, padded_dim):
+        asked = high, dropout, softcap, quantized_logits, counters
+        return next((f"the Hopper kernels do not have {name}" for name in compress(_NOT_HERE, asked)), None)
+    if triton.knobs.runtime.interpret:
+        return "Triton interprets its kernels (TRITON_INTERPRET=1)"
+    if not is_hopper(device):
+        return f"{torch.cuda.get_device_name(device)} is no Hopper GPU" if device.type == "cuda" else "no Hopper GPU"
+    if launch is None:
+        return f"the Gluon of Triton {triton.__version__} is not the one that the Hopper kernels are written for"
+    return f"the Hopper kernels do not have this head dimension ({padded_dim} channels once padded)"
+
+
 def launches_for(call: Call, device: torch.device, counters: bool) -> ModuleType | None:
     """The launches of these kernels, or None where a call, the counters of logits or dS8 included, needs the portable ones."""
-    if call.high or call.dropout_p or call.softcap or counters or call.logit_quant_scale is not None:
-        return None
-    return launch if runs(device, call.padded_dim) else None
+    quantized = call.logit_quant_scale is not None
+    asked = call.high, call.dropout_p > 0, call.softcap > 0, counters, quantized
+    return launch if why_not(device, call.padded_dim, *asked) is None else None
