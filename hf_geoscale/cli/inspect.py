@@ -25,7 +25,7 @@ LEGEND = {
 WIDE_LEGEND = {
     "σ lower, σ upper": "σ from below and from above",
     "α min": "rank-aware bound's share of the worst case, σ·d·softmax_scale (a reconstruction of arXiv 2602.18851)",
-    "max …, α observed": "largest of the text, and its share of the worst case",
+    "max, α observed": "largest of the text, and its share of the worst case",
 }
 
 WIDE = 400

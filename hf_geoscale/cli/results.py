@@ -100,6 +100,10 @@ class RunMetrics:
         return [entry["loss"] for entry in self.steps]
 
     @property
+    def last_loss(self) -> float | None:
+        return self.losses[-1] if self.steps else None
+
+    @property
     def seconds_per_step(self) -> float:
         """Median wall clock of a step, refresh included; NaN without a step."""
         seconds = sorted(entry["step_seconds"] for entry in self.steps)
