@@ -44,7 +44,7 @@ def _blamed(source: ModelSource, part: str) -> Iterator[None]:
             path = Path(source.location) / source.gguf_file
             raise InputError(
                 f"{path} cannot be read: it is damaged, truncated, or of a kind that transformers {transformers.__version__} "
-                "does not know"
+                f"does not know ({condensed(error)})"
             ) from error
         if source.folder is not None and (problem := _files_problem(source.folder)) is not None:
             raise InputError(problem) from error
