@@ -32,6 +32,7 @@ from .run_folder import (
     earlier_results,
     last_whole_checkpoint,
     prepare_output,
+    set_aside,
 )
 from .stopping import StopOnSignal
 
@@ -148,10 +149,11 @@ def has_ended(settings: Settings, output: Path, save_model: bool, console: Conso
 
 
 def resume_from(output: Path, steps: int, console: Console) -> Path | None:
-    """The last whole checkpoint; says which are not whole, and where there is none."""
+    """The last whole checkpoint; sets aside those that are not whole, and says so, and where there is none."""
     last, skipped = last_whole_checkpoint(output, steps)
-    for name, problem in skipped.items():
-        console.print(f"{name} is not whole, and was set aside: {problem}", soft_wrap=True)
+    for checkpoint, problem in skipped.items():
+        set_aside(checkpoint)
+        console.print(f"{checkpoint.name} is not whole, and was set aside: {problem}", soft_wrap=True)
     if last is None:
         console.print(f"{output} holds no whole checkpoint: the run starts anew", soft_wrap=True)
     return last

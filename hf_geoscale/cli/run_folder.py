@@ -14,7 +14,7 @@ from .results import RunMetrics, write_whole
 from .weight_files import file_problem, weights_problem
 
 SET_ASIDE = "incomplete-"
-"""Prefix of a checkpoint that is not whole: the Trainer, which removes the oldest of its own, must not count it."""
+"""Prefix of a checkpoint that is not whole."""
 
 TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
@@ -109,26 +109,30 @@ def checkpoint_problem(checkpoint: Path, steps: int) -> str | None:
     return next((p for p in (file_problem(checkpoint / name) for name in needed) if p is not None), None)
 
 
-def last_whole_checkpoint(output: Path, steps: int) -> tuple[Path | None, dict[str, str]]:
-    """The checkpoint to go on from, and those that are not whole, by name, with the reason. The latter are set aside."""
+def last_whole_checkpoint(output: Path, steps: int) -> tuple[Path | None, dict[Path, str]]:
+    """The checkpoint to go on from, and those that are not whole, each with the reason."""
     folder = output / "checkpoints"
     found: dict[int, Path] = {}
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         if path.is_dir() and number.isdecimal():
             found[int(number)] = path
-    skipped: dict[str, str] = {}
+    skipped: dict[Path, str] = {}
     last = None
     for _, path in sorted(found.items(), reverse=True):
         problem = checkpoint_problem(path, steps)
         if problem is None:
             last = path if last is None else last
             continue
-        skipped[path.name] = problem
-        aside = folder / f"{SET_ASIDE}{path.name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        skipped[path] = problem
     return last, skipped
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Rename a checkpoint so that the Trainer, which counts and removes its own, leaves it alone."""
+    aside = checkpoint.with_name(f"{SET_ASIDE}{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
 
 
 def prepare_output(settings: Settings, output: Path, resume: bool) -> None:

@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from hf_geoscale.cli.failures import InputError
 from hf_geoscale.cli.results import RunMetrics
-from hf_geoscale.cli.run_folder import check_folder, checkpoint_problem, last_whole_checkpoint
+from hf_geoscale.cli.run_folder import check_folder, checkpoint_problem, last_whole_checkpoint, set_aside
 
 from .conftest import refused, run
 from .test_weight_files import cut
@@ -78,7 +78,10 @@ def test_the_last_whole_one_is_taken_and_the_others_are_set_aside(copy):
     (folder / "checkpoint-best").mkdir()
     last, skipped = last_whole_checkpoint(copy, 20)
     assert last == folder / "checkpoint-10"
-    assert list(skipped) == ["checkpoint-6"]
+    assert list(skipped) == [folder / "checkpoint-6"]
+    assert (folder / "checkpoint-6").exists()
+    (folder / "incomplete-checkpoint-6").mkdir()  # of an earlier kill
+    set_aside(folder / "checkpoint-6")
     assert (folder / "incomplete-checkpoint-6").is_dir()
     assert not (folder / "checkpoint-6").exists()
     assert last_whole_checkpoint(copy / "nothing", 20) == (None, {})
@@ -103,6 +106,7 @@ class TestResume:
         assert result.exit_code == 0, result.output
         assert "checkpoint-6 is not whole" in result.stdout
         assert "trainer_state.json is missing" in result.stdout
+        assert (copy / "checkpoints" / "incomplete-checkpoint-6").is_dir()
         assert "resuming from checkpoint-4" in result.stdout
         assert len(steps_trained) == 2
         ours, theirs = RunMetrics.read(copy), RunMetrics.read(output)
