@@ -87,6 +87,14 @@ def _device(torch: Any, device: Any) -> dict[str, Any]:
     return row
 
 
+def _told(torch: Any, device: Any) -> dict[str, Any]:
+    """`_device`, or why it cannot be told: drivers and Triton fail in many ways, and a bug report is about just that."""
+    try:
+        return _device(torch, device)
+    except Exception as error:
+        return {"device": str(device), "error": f"{type(error).__name__}: {condensed(error)}"}
+
+
 def environment() -> dict[str, Any]:
     """Versions, devices and kernels. A torch that cannot be imported is part of the answer, not an error."""
     found: dict[str, Any] = {
@@ -106,7 +114,7 @@ def environment() -> dict[str, Any]:
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         devices.append(torch.device("mps"))
-    return found | {"devices": [_device(torch, device) for device in devices]}
+    return found | {"devices": [_told(torch, device) for device in devices]}
 
 
 def print_environment(as_json: bool, console: Console) -> None:
@@ -132,6 +140,9 @@ def print_environment(as_json: bool, console: Console) -> None:
     rows.append(("NVIDIA driver", found["driver"] or "none"))
     rows += [(name, value) for name, value in found["variables"].items()]
     for device in found["devices"]:
+        if "error" in device:
+            rows.append((device["device"], device["error"]))
+            continue
         extra = (
             f", compute capability {device['capability']}, {device['memory_gib']} GiB" if "capability" in device else ""
         )

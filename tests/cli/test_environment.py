@@ -60,6 +60,16 @@ def test_a_torch_that_cannot_be_imported_is_told(monkeypatch):
     assert "cannot be imported" in run("env").stdout
 
 
+def test_a_device_that_fails_is_told(monkeypatch):
+    def fail(_):
+        raise RuntimeError("CUDA driver version is insufficient")
+
+    monkeypatch.setattr(environment, "kernels_here", fail)
+    expected = "RuntimeError: CUDA driver version is insufficient"
+    assert environment.environment()["devices"][0] == {"device": "cpu", "error": expected}
+    assert expected in " ".join(run("env").stdout.split())
+
+
 def test_the_driver_is_asked_of_nvidia_smi(monkeypatch, tmp_path):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 570.12.34\necho 570.12.34\n")
