@@ -27,9 +27,18 @@ Text = Annotated[
 ]
 
 
-def _option(help: str, panel: str, metavar: str = "N", **options: Any) -> Any:
+Scaling = Literal["geometry", "none"]
+Precision = Literal["standard", "high"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+def _option(help: str, panel: str, metavar: str | None = "N", **options: Any) -> Any:
     """An option in a panel of --help; short names of values leave room at 80 columns."""
     return typer.Option(help=help, rich_help_panel=panel, metavar=metavar, **options)
+
+
+def _flag(names: str, help: str) -> Any:
+    return typer.Option(names, help=help, rich_help_panel=OUTPUT)
 
 
 def _version(asked: bool) -> None:
@@ -81,27 +90,14 @@ def inspect(
 @app.command()
 def finetune(
     model: Model,
-    output: Annotated[
-        Path,
-        typer.Option(
-            metavar="FOLDER", rich_help_panel=OUTPUT, help="For metrics, card, plot, checkpoints and the model."
-        ),
-    ],
+    output: Annotated[Path, _option("For metrics, card, plot, checkpoints and the model.", OUTPUT, "FOLDER")],
     text: Text = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", rich_help_panel=DATA, help="Hub id or folder for `datasets`, instead of a text."),
-    ] = None,
+    dataset: Annotated[str | None, _option("Hub id or folder for `datasets`, instead of a text.", DATA, "NAME")] = None,
     column: Annotated[str, _option("The data set's column of text.", DATA, "NAME")] = "text",
     split: Annotated[str, _option("The data set's split.", DATA, "NAME")] = "train",
     eval_sequences: Annotated[int, _option("Sequences held out for the evaluation loss.", DATA, min=1)] = 4,
-    scaling: Annotated[
-        Literal["geometry", "none"],
-        typer.Option(rich_help_panel=ATTENTION, help="FP8 attention, or the model as it is."),
-    ] = "geometry",
-    precision: Annotated[
-        Literal["standard", "high"], typer.Option(rich_help_panel=ATTENTION, help="high: k as two FP8 terms.")
-    ] = "standard",
+    scaling: Annotated[Scaling, _option("FP8 attention, or the model as it is.", ATTENTION, None)] = "geometry",
+    precision: Annotated[Precision, _option("high: k as two FP8 terms.", ATTENTION, None)] = "standard",
     every_n_steps: Annotated[int, _option("Optimizer steps between refreshes.", ATTENTION, min=1)] = 1,
     steps: Annotated[int, _option("Optimizer steps.", TRAINING, min=1)] = 40,
     length: Annotated[int, _option("Tokens of a sequence.", TRAINING, min=2)] = 256,
@@ -109,24 +105,13 @@ def finetune(
     learning_rate: Annotated[
         float, _option("AdamW's; linear decay after 10 % warm-up.", TRAINING, "RATE", min=0)
     ] = 5e-5,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"],
-        typer.Option(rich_help_panel=TRAINING, help="bfloat16: autocast over float32 weights."),
-    ] = "float32",
+    dtype: Annotated[Dtype, _option("bfloat16: autocast over float32 weights.", TRAINING, None)] = "float32",
     seed: Annotated[int, _option("Of the data order and of dropout.", TRAINING)] = 0,
     save_steps: Annotated[int, _option("Steps between checkpoints; 0: only after Ctrl-C.", OUTPUT, min=0)] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", rich_help_panel=OUTPUT, help="Go on from the last whole checkpoint.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace an earlier run in the folder.")
-    ] = False,
-    save_model: Annotated[
-        bool, typer.Option("--save-model/--no-save-model", rich_help_panel=OUTPUT, help="Write the model at the end.")
-    ] = True,
-    baseline: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", rich_help_panel=OUTPUT, help="Another run, to compare with.")
-    ] = None,
+    resume: Annotated[bool, _flag("--resume", "Go on from the last whole checkpoint.")] = False,
+    overwrite: Annotated[bool, _flag("--overwrite", "Replace an earlier run in the folder.")] = False,
+    save_model: Annotated[bool, _flag("--save-model/--no-save-model", "Write the model at the end.")] = True,
+    baseline: Annotated[Path | None, _option("Another run, to compare with.", OUTPUT, "FOLDER")] = None,
 ) -> None:
     """Fine-tune a causal language model, with FP8 attention or without, and write down how it went.
 
