@@ -64,7 +64,7 @@ if __name__ == "__main__":
         "model_name", metavar="model", nargs="?", default="HuggingFaceTB/SmolLM2-135M", help="Hub id or folder"
     )
     parser.add_argument("--text", help="a text file; default: the manual that ships with Python")
-    parser.add_argument("--output", default="out/accelerate_loop", help="folder for what a tracker writes")
+    parser.add_argument("--output", default="out/accelerate_loop", help="folder for the tracker's files")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence")
     parser.add_argument("--report-to", default="none", help="tensorboard, wandb, …")

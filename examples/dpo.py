@@ -19,7 +19,7 @@ from hf_geoscale import GeoScaleCallback, geometry_report
 
 def manual_pairs(length: int) -> Dataset:
     """Paragraphs of the manual: their true continuation is chosen, the one of the next paragraph rejected."""
-    prompt, answer = length // 4, length // 2  # characters, so that both fit, whatever the tokenizer
+    prompt, answer = length // 4, length // 2  # characters, so that both fit with any tokenizer
     parts = [part for text in topics.values() for part in text.split("\n\n") if len(part) > prompt + answer]
     return Dataset.from_dict(
         {

@@ -1,4 +1,4 @@
-"""Load a checkpoint into a patched model that has run other weights: what each source of FP8 scales makes of it.
+"""Load a checkpoint into a patched model that has run other weights, and count overflows by the source of FP8 scales.
 
 python examples/transients.py                                                  # SmolLM2 on the manual that ships with Python
 python examples/transients.py MODEL --text corpus.txt --length 1024

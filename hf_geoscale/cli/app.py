@@ -63,7 +63,7 @@ def main(
 def env(
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Print what a bug report needs: versions, GPUs, and which kernels run here, or why not."""
+    """Print the contents of a bug report: versions, GPUs, the kernels that run here, and why no faster ones do."""
     from .environment import print_environment
 
     print_environment(json, console)
@@ -73,7 +73,7 @@ def env(
 def inspect(
     model: Model,
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Run this text too: what it makes of the certificates.")
+        Path | None, typer.Option(metavar="FILE", help="Run this text too: observed maxima and utilisation.")
     ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens of the text to run, one sequence.")
@@ -81,7 +81,7 @@ def inspect(
     wide: Annotated[bool, typer.Option("--wide", help="All columns, about 190 characters.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Rows of geometry_report as JSON, every head.")] = False,
 ) -> None:
-    """Print what a model's weights promise: spectral norms and certificates, a row a layer."""
+    """Print spectral norms and certificates of a model's weights, a row a layer."""
     from .inspect import inspect_model
 
     inspect_model(model, text, max_tokens, json, wide, console)
@@ -157,7 +157,7 @@ def transients(
     batch_size: Annotated[int, _option("Sequences of a step.", TRAINING, min=1)] = 1,
     learning_rate: Annotated[float, _option("AdamW's, before the spike.", TRAINING, "RATE", min=0)] = 2e-5,
 ) -> None:
-    """Change a model's weights suddenly under every scaling strategy, and count what overflows."""
+    """Change a model's weights suddenly under every scaling strategy, and count overflows."""
     from .transients import SCENARIOS, STRATEGIES, Settings, run_transients
 
     settings = Settings(

@@ -44,7 +44,7 @@ def _rows(dataset: str, split: str) -> Any:
         ask_hub(dataset, "dataset", cached.exists())
     try:
         found = datasets.load_dataset(str(path) if path.exists() else dataset)
-    except Exception as error:  # of a dozen kinds; all are about what the user named
+    except Exception as error:  # of a dozen kinds, all about the data set
         raise InputError(f"the data set {dataset} cannot be loaded: {condensed(error.__cause__ or error)}") from error
     if split not in found:
         raise InputError(f"the data set {dataset} has no split {split!r}; it has {sorted(found)}: choose with --split")

@@ -1,4 +1,4 @@
-"""`hf-geoscale env`: what a bug report needs."""
+"""`hf-geoscale env`: the contents of a bug report."""
 
 import json
 import os
@@ -19,10 +19,10 @@ PACKAGES = (
     *("peft", "trl", "datasets", "bitsandbytes", "torchao", "transformer_engine", "liger_kernel", "deepspeed", "gguf"),
     *("matplotlib", "typer", "rich"),
 )
-"""Distributions whose versions change what runs; read off their metadata, none is imported."""
+"""Distributions whose versions matter to a bug report. Versions are read off metadata; no package is imported."""
 
 VARIABLES = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "TORCH_COMPILE_DISABLE", "OMP_NUM_THREADS")
-"""Environment variables that change what runs."""
+"""Environment variables that choose kernels, devices or files."""
 
 QUERY_SECONDS = 10
 """How long nvidia-smi may take. A guess."""
@@ -53,7 +53,7 @@ def driver_version() -> str | None:
 
 
 def kernels_here(device: Any) -> tuple[str, str | None]:
-    """What would run FP8 attention on a torch device, and why nothing faster does.
+    """Name of the kernels that run FP8 attention on a torch device, and the reason against faster ones.
 
     Returns:
         "Hopper kernels", "portable Triton kernels" or "plain PyTorch"; a reason, None where the fastest runs.
@@ -75,7 +75,7 @@ def kernels_here(device: Any) -> tuple[str, str | None]:
 
 
 def _device(torch: Any, device: Any) -> dict[str, Any]:
-    """One device, and what runs there."""
+    """One device and its kernels."""
     row: dict[str, Any] = {"device": str(device)}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -15,11 +15,11 @@ INTERRUPTED = 130
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message names it, and says what to do."""
+    """An argument, file or folder of the user that cannot be used. The message names the culprit and the remedy."""
 
 
 class RunError(RuntimeError):
-    """A run could not go on. The message says why, what is left, and what to do."""
+    """The end of a run that could not go on. The message names the cause, the files that are left, and the remedy."""
 
 
 EXPECTED = (InputError, RunError, NonFiniteWeightsError, UnsupportedAttentionError, UnsupportedModelError)
@@ -53,7 +53,7 @@ def failed_write(error: BaseException) -> str | None:
 
 
 def one_line(error: BaseException) -> str | None:
-    """What to tell the user of an expected error; None for one that should keep its traceback."""
+    """Message of an expected error for the user; None for an error that keeps its traceback."""
     if isinstance(error, EXPECTED):
         return str(error)
     if (reason := failed_write(error)) is not None:
@@ -66,7 +66,7 @@ def one_line(error: BaseException) -> str | None:
 
 
 class Commands(TyperGroup):
-    """All commands; whatever one of them raises ends here."""
+    """All commands. Every error that a command raises ends here."""
 
     def invoke(self, ctx: Any) -> Any:
         errors = Console(stderr=True)

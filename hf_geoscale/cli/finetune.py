@@ -39,7 +39,7 @@ from .stopping import StopOnSignal
 
 @dataclass(frozen=True)
 class Options:
-    """What may differ when a run is resumed."""
+    """Options that may differ when a run is resumed."""
 
     save_steps: int = 0
     resume: bool = False
@@ -124,7 +124,7 @@ def loss_before(trainer: Trainer, output: Path, resumed: bool) -> float:
 
 
 def has_ended(settings: Settings, output: Path, save_model: bool, console: Console) -> bool:
-    """Whether nothing of an earlier run is left to do; says so.
+    """Whether an earlier run has ended, which is then printed.
 
     Raises:
         InputError: it diverged, or its weights are gone.
@@ -149,7 +149,7 @@ def has_ended(settings: Settings, output: Path, save_model: bool, console: Conso
 
 
 def resume_from(output: Path, steps: int, console: Console) -> Path | None:
-    """The last whole checkpoint; sets aside those that are not whole, and says so, and where there is none."""
+    """The last whole checkpoint. Others are set aside, which is printed, as is a lack of whole ones."""
     last, skipped = last_whole_checkpoint(output, steps)
     for checkpoint, problem in skipped.items():
         set_aside(checkpoint)
@@ -165,8 +165,8 @@ def finetune_model(settings: Settings, output: Path, options: Options, console: 
     Returns:
         The command's exit status: 0, or 128 + the signal that interrupted it.
     Raises:
-        InputError, UnsupportedModelError: unusable settings, model, text, baseline or output folder; each says what to do.
-        RunError: the run diverged, or a file could not be written. What was measured until then is in `output`.
+        InputError, UnsupportedModelError: unusable settings, model, text, baseline or output folder. The message names the remedy.
+        RunError: the run diverged, or a file could not be written. Earlier measurements are in `output`.
     """
     baseline = None if options.baseline is None else read_baseline(options.baseline, asdict(settings))
     check_output(settings, output, options.resume, options.overwrite)

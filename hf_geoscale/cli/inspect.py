@@ -15,12 +15,12 @@ from .loading import load_model, load_tokenizer, read_text
 
 LEGEND = {
     "σ": "spectral norm of the interaction W_Q W_Kᵀ of a head, gains included, without RoPE; no unit",
-    "|q| ≤, |k| ≤, |v| ≤": "certificate: no entry is larger, whatever the input, RoPE included; FP8's 448 stands for it; no unit",
+    "|q| ≤, |k| ≤, |v| ≤": "certificate: no entry is larger for any input, with RoPE; E4M3's 448 stands for this bound; no unit",
     "|logit| ≤": "certificate of softmax_scale · ⟨q, k⟩; nats",
     "used": "largest entry of the text / its certificate; 1 would be all of E4M3's range",
     "overflows": "entries of the text beyond E4M3, all calls",
 }
-"""What the columns mean. The worst head of each layer is shown."""
+"""Meaning of the columns. The worst head of each layer is shown."""
 
 WIDE_LEGEND = {
     "σ lower, σ upper": "σ from below and from above",
@@ -33,10 +33,10 @@ WIDE = 400
 
 
 def verdict(report: GeometryReport, tokens: int | None) -> str:
-    """One sentence: what the certificates promise, and what a text of so many tokens made of them."""
+    """A line on the certificates and, with a text of so many tokens, on its overflows and utilisation."""
     rows = report.rows
     certified = sum(bool(row["q_bound"]) for row in rows)
-    promise = f"{certified} of {len(rows)} layers are certified: no q, k or v overflows E4M3 there, whatever the input."
+    promise = f"{certified} of {len(rows)} layers are certified: no q, k or v overflows E4M3 there, for any input."
     if tokens is None:
         return promise
     worst = max(rows, key=lambda row: row["utilisation"] or 0.0)
@@ -48,7 +48,7 @@ def verdict(report: GeometryReport, tokens: int | None) -> str:
 
 
 def backend_line() -> str:
-    """What runs FP8 attention on this machine."""
+    """The kernels that run FP8 attention on this machine, in a line."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     name, reason = kernels_here(device)
     slower = ", a specification: slower than SDPA" if name == "plain PyTorch" else ""
@@ -58,7 +58,7 @@ def backend_line() -> str:
 def inspect_model(
     model: str, text: Path | None, max_tokens: int, as_json: bool, wide: bool, console: Console
 ) -> GeometryReport:
-    """Print the geometry of a model's attention; with a text, run it once and print what it reached.
+    """Print the geometry of a model's attention. With a text, the model runs once, and maxima are printed too.
 
     Raises:
         InputError, UnsupportedModelError: from loading the model or the text, or a model that cannot be patched.
@@ -120,7 +120,7 @@ def _table(report: GeometryReport, with_text: bool) -> Table:
 
 
 def _wide_table(report: GeometryReport) -> Table:
-    """All columns of the report, whatever the terminal's width."""
+    """All columns of the report, in a terminal of any width."""
     table = Table()
     for column in report.COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)

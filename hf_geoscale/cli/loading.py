@@ -1,4 +1,4 @@
-"""Models and tokenizers from the Hub, a folder or a file; every error names the model and says what to do."""
+"""Models and tokenizers from the Hub, a folder or a file; every error names the model and the remedy."""
 
 import logging
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ __all__ = ["check_length", "load", "load_model", "load_tokenizer", "read_text", 
 
 @contextmanager
 def _blamed(source: ModelSource, part: str) -> Iterator[None]:
-    """Whatever transformers raises while it reads a user's files becomes an InputError that names them."""
+    """Every error of transformers while it reads the files of a model becomes an InputError that names the model or the file."""
     try:
         yield
     except (InputError, MemoryError):
@@ -75,7 +75,7 @@ def refuse_unsupported(config: Any, name: str, remedy: str) -> None:
     """Raise InputError unless a configuration is of a family whose attention has certificates.
 
     Args:
-        remedy: what the command offers instead; may be empty.
+        remedy: end of the message, with the command's alternative; may be empty.
     """
     kind = config.model_type
     if kind in FAMILIES or config.get_text_config() is not config:  # of a multimodal model patch_model names the part

@@ -1,4 +1,4 @@
-"""What a run measured: JSON, CSV, plot and model card, and the comparison of two runs."""
+"""Measurements of a run as JSON, CSV, plot and model card, and the comparison of two runs."""
 
 import csv
 import json
@@ -91,7 +91,7 @@ class RunMetrics:
 
     @property
     def kernels(self) -> str | None:
-        """What ran the attention, by the rows of the report; None without FP8."""
+        """Kernels that ran the attention, by the rows of the report; None without FP8."""
         names = dict.fromkeys(row["kernels"] for row in self.layers or () if row.get("kernels"))
         return ", ".join(names) or None
 
@@ -125,7 +125,7 @@ class RunMetrics:
 
     @property
     def label(self) -> str:
-        """What ran the attention, for a reader."""
+        """Name of the run in tables and plots."""
         return "FP8, scales from the weights" if self.in_fp8 else f"baseline, {self.settings['dtype']}"
 
     @property
@@ -169,7 +169,7 @@ def check_comparable(settings: dict, baseline: dict) -> None:
 def loss_gap(run: RunMetrics, baseline: RunMetrics) -> dict[str, float]:
     """Differences run − baseline in nats per token: largest and mean over steps, last quarter's mean, held-out text.
 
-    Over the steps that both have and whose losses are finite; what no step or no held-out loss gives is left out.
+    Over the steps of both runs whose losses are finite. Entries without such a step, or without held-out losses, are left out.
     """
     gaps = [a - b for a, b in zip(run.losses, baseline.losses, strict=False) if math.isfinite(a - b)]
     found = {}
@@ -183,7 +183,7 @@ def loss_gap(run: RunMetrics, baseline: RunMetrics) -> dict[str, float]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that whoever reads it, or a kill in the middle, finds the old one or the new one."""
+    """Write a text file in one move: after a kill in the middle, the old text is still there."""
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         unfinished.write_text(text, encoding="utf-8")

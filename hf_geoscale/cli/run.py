@@ -1,4 +1,4 @@
-"""A fine-tuning run under way: its steps, and what is kept of them however it ends."""
+"""A fine-tuning run under way: its steps, and the results that remain however the run ends."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ GO_ON = "go on with the same command and --resume, which wins over --overwrite"
 
 @dataclass(frozen=True)
 class Run:
-    """A run under way: what its results are made of."""
+    """A run under way, with everything that its results need."""
 
     settings: Settings
     output: Path
@@ -47,7 +47,7 @@ class Run:
             return None
 
     def record(self, outcome: Outcome, after: float | None = None) -> RunMetrics | None:
-        """Write and print what was measured so far; None before there is anything."""
+        """Write and print the measurements so far; None before the first step."""
         metrics = RunMetrics.collect(
             asdict(self.settings), self.trainer.state.log_history, self.before, after, self.report()
         )
@@ -90,7 +90,7 @@ class Run:
         self.console.print(f"model: {model}", soft_wrap=True)
 
     def interrupted(self) -> str:
-        """What to tell after Ctrl-C."""
+        """Message after Ctrl-C."""
         last, _ = last_whole_checkpoint(self.output, self.settings.steps)
         what = "starts anew: there is no checkpoint" if last is None else f"goes on from {last.name}"
         return f"Interrupted after {self.steps} of {self.settings.steps} steps. The same command with --resume {what}."
@@ -104,7 +104,7 @@ def written_badly(error: BaseException) -> str | None:
 
 
 def ended_by(error: Exception, run: Run) -> Exception:
-    """Keep what an error in the middle of the training leaves; the error to raise instead."""
+    """Write the results of a run that an error ended; returns the error to raise instead."""
     try:
         kept = run.record("failed") is not None
     except Exception as second:  # a full disk, or a device that is gone: the first error is the one to tell

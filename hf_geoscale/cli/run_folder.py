@@ -1,4 +1,4 @@
-"""The folder of a fine-tuning run: whose it is, what is in it, and the checkpoint to go on from."""
+"""The folder of a fine-tuning run: its owner, its contents, and the checkpoint to go on from."""
 
 import json
 import os
@@ -21,7 +21,7 @@ TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a run's losses. A resumed run must have the same."""
+    """Settings that decide a run's losses. A resumed run must have the same."""
 
     model: str
     text: str | None = None
@@ -92,7 +92,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def checkpoint_problem(checkpoint: Path, steps: int) -> str | None:
-    """Why a checkpoint is not whole: the file and what is wrong with it; None for one to go on from.
+    """Why a checkpoint is not whole: the file and its fault; None for a checkpoint to go on from.
 
     Args:
         steps: of the whole run; after the last of them optimizer, schedule and random numbers are not needed.

@@ -18,7 +18,7 @@ HUB_TIMEOUT = 5.0
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What `from_pretrained` takes: a folder or a Hub id, and options."""
+    """Arguments of `from_pretrained`: a folder or a Hub id, and options."""
 
     name: str  # as the user gave it
     location: str
@@ -108,7 +108,7 @@ def ask_hub(name: str, kind: Literal["model", "dataset"], cached: bool) -> Any |
         raise InputError(
             f"{missing}, and the Hub has no such {kind}, or a private one (`hf auth login`).{_similar(path)}"
         ) from None
-    except HfHubHTTPError:  # reached; the library that loads it explains what the Hub refused
+    except HfHubHTTPError:  # reached; the library that loads it explains the refusal
         return None
     except (
         Exception

@@ -43,7 +43,7 @@ class StopOnSignal(TrainerCallback):
         again, self.signal = self.signal is not None, number
         if again or self.phase == "before":
             raise KeyboardInterrupt
-        os.write(2, STOPPING if self.phase == "training" else FINISHING)  # print may be what the signal interrupted
+        os.write(2, STOPPING if self.phase == "training" else FINISHING)  # the signal may have interrupted a print
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.phase = "training"

@@ -28,7 +28,7 @@ def _losses(metrics: RunMetrics, baseline: RunMetrics | None) -> Table:
 
 
 def print_summary(metrics: RunMetrics, baseline: RunMetrics | None, output: Path, console: Console) -> None:
-    """Losses side by side, what FP8 cost, and where everything but the model lies."""
+    """Losses side by side, the cost of FP8, and the places of all files but the model."""
     if metrics.steps:
         console.print(_losses(metrics, baseline))
     for run in [run for run in (baseline, metrics) if run is not None]:
@@ -46,6 +46,6 @@ def print_summary(metrics: RunMetrics, baseline: RunMetrics | None, output: Path
     if baseline is not None:
         for name, value in loss_gap(metrics, baseline).items():
             console.print(f"{name}: {value:+.4f}")
-    for what, name in (("metrics", "metrics.json, metrics.csv"), ("card", "README.md"), ("plot", "loss.png")):
+    for kind, name in (("metrics", "metrics.json, metrics.csv"), ("card", "README.md"), ("plot", "loss.png")):
         if (output / name.split(",")[0]).exists():
-            console.print(f"{what}: {output}/{name}", soft_wrap=True)
+            console.print(f"{kind}: {output}/{name}", soft_wrap=True)

@@ -226,7 +226,7 @@ def run_transients(settings: Settings, output: Path, console: Console) -> list[d
     Ctrl-C in between writes the table of the runs that are over.
 
     Raises:
-        InputError, UnsupportedModelError: unusable settings, model, text or folder; each says what to do.
+        InputError, UnsupportedModelError: unusable settings, model, text or folder. The message names the remedy.
     """
     check_folder(output)
     with_plot = plot_possible(console)

@@ -22,7 +22,7 @@ def _shards(index: Path) -> list[str] | None:
 
 
 def file_problem(path: Path) -> str | None:
-    """What is wrong with one file, its name first: missing, empty, a pointer, truncated; None where nothing is.
+    """The fault of one file, its name first: missing, empty, a Git LFS pointer, truncated. None for a file without fault.
 
     Of a .safetensors file the header and the size are read, of a file by torch.save the directory at its end.
     """
@@ -46,7 +46,7 @@ def file_problem(path: Path) -> str | None:
 
 
 def weights_problem(folder: Path) -> str | None:
-    """What is wrong with the weights that transformers or PEFT would load from a folder; None where nothing is.
+    """The fault of the weights that transformers or PEFT would load from a folder. None for weights without fault.
 
     Like transformers, takes the first that is there of SINGLE_FILES and INDEX_FILES, .safetensors before .bin.
     """
