@@ -1,11 +1,14 @@
 """QLoRA: a 4-bit base (bitsandbytes), LoRA adapters (peft), FP8 attention scaled by the effective weights.
 
-accelerate launch examples/qlora.py MODEL OUTPUT_FOLDER                          # on the manual that ships with Python
-accelerate launch examples/qlora.py MODEL OUTPUT_FOLDER --text corpus.txt --steps 500 --length 2048
-Needs peft and bitsandbytes.
+accelerate launch examples/qlora.py                                            # SmolLM2 on the manual that ships with Python
+accelerate launch examples/qlora.py MODEL --text corpus.txt --output out --steps 500 --report-to wandb
+python examples/qlora.py MODEL --steps 2 --length 32                           # seconds on a CPU, to see that it runs
+Needs peft and bitsandbytes. FP8 attention saves time on long sequences, hence the default length.
 """
 
 import argparse
+from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -19,10 +22,18 @@ from transformers import (
 )
 
 from hf_geoscale import GeoScaleCallback, geometry_report, patch_model
-from hf_geoscale.cli.loading import read_text
 
 
-def main(model_name: str, output: str, text: str | None, steps: int, length: int, rank: int) -> None:
+def token_blocks(tokenizer, text_file: str | None, length: int) -> torch.Tensor:
+    """(sequences, length) token ids of a text, end to end."""
+    text = Path(text_file).read_text(encoding="utf-8") if text_file else "\n\n".join(topics.values())
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    if len(ids) < length:
+        raise SystemExit(f"the text gives {len(ids)} tokens, fewer than --length {length}")
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def main(model_name: str, text: str | None, output: str, steps: int, length: int, rank: int, report_to: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     model = AutoModelForCausalLM.from_pretrained(
         model_name,
@@ -40,8 +51,6 @@ def main(model_name: str, output: str, text: str | None, steps: int, length: int
     )
     model = get_peft_model(model, adapters)
     patch_model(model.get_base_model())  # certificates of W + s·BA, layer by layer
-    ids = tokenizer(read_text(text), return_tensors="pt", verbose=False).input_ids[0]
-    blocks = ids[: len(ids) // length * length].view(-1, length)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -55,9 +64,9 @@ def main(model_name: str, output: str, text: str | None, steps: int, length: int
             gradient_checkpointing_kwargs={"use_reentrant": False},
             learning_rate=2e-4,
             logging_steps=1,
-            report_to="none",
+            report_to=report_to,
         ),
-        train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
+        train_dataset=[{"input_ids": block, "labels": block} for block in token_blocks(tokenizer, text, length)],
         processing_class=tokenizer,
         data_collator=default_data_collator,  # every row has the same length
     )
@@ -70,10 +79,13 @@ def main(model_name: str, output: str, text: str | None, steps: int, length: int
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model_name", metavar="MODEL")
-    parser.add_argument("output", metavar="OUTPUT_FOLDER")
-    parser.add_argument("--text", help="a text file")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument(
+        "model_name", metavar="model", nargs="?", default="HuggingFaceTB/SmolLM2-135M", help="Hub id or folder"
+    )
+    parser.add_argument("--text", help="a text file; default: the manual that ships with Python")
+    parser.add_argument("--output", default="out/qlora", help="folder for the adapters and the checkpoints")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
+    parser.add_argument("--report-to", default="none", help="tensorboard, wandb, …")
     main(**vars(parser.parse_args()))

@@ -21,7 +21,7 @@ ROOMS = {
     ),
     "cli": (
         {"geometry", "scaling", "kernels", "stability", "integrations", "config", "errors", ""},
-        {"torch", "transformers", "typer", "rich", "matplotlib", "datasets", "huggingface_hub"},
+        {"torch", "transformers", "safetensors", "peft", "typer", "rich", "matplotlib", "datasets", "huggingface_hub"},
     ),
 }
 

@@ -1,10 +1,8 @@
 """`hf-geoscale finetune`: one run of `Trainer`, with FP8 attention or without, and everything it measured."""
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -16,69 +14,38 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..config import GeoScaleConfig
-from ..integrations import GeoScaleCallback, geometry_report, patch_model
+from ..integrations import GeoScaleCallback, patch_model
 from ..integrations.callback import SCHEDULED_HEADROOM
-from .loading import load, read_text, token_blocks
+from .failures import InputError
+from .loading import check_length, load_model, load_tokenizer, read_text, token_blocks
+from .loss_plot import plot_possible
 from .progress import StepProgress
-from .results import RunMetrics, check_comparable, print_summary, write_results
+from .results import read_baseline
+from .run import Run, carry_out
+from .run_folder import (
+    Settings,
+    check_output,
+    checkpoint_step,
+    earlier_results,
+    last_whole_checkpoint,
+    prepare_output,
+    set_aside,
+)
+from .stopping import StopOnSignal
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What decides a run's losses. A resumed run must have the same."""
+class Options:
+    """Options that may differ when a run is resumed."""
 
-    model: str
-    text: str | None = None
-    dataset: str | None = None
-    column: str = "text"
-    scaling: Literal["geometry", "none"] = "geometry"
-    precision: Literal["standard", "high"] = "standard"
-    every_n_steps: int = 1
-    steps: int = 40
-    length: int = 256
-    batch_size: int = 1
-    learning_rate: float = 5e-5
-    dtype: str = "float32"
-    eval_sequences: int = 4
-    seed: int = 0
-
-
-def check_output(settings: Settings, output: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse to touch an earlier run that nobody asked to resume or replace.
-
-    Raises:
-        ValueError: something else is in the folder; or an earlier run, and neither --resume nor --overwrite was given, or it
-            had other settings.
-    """
-    record = output / "settings.json"
-    if not record.exists():
-        if output.exists() and any(output.iterdir()):
-            raise ValueError(f"{output} is not empty and holds no run of ours; choose another folder")
-        return
-    if overwrite and not resume:
-        return
-    if not resume:
-        raise ValueError(f"{output} holds an earlier run; add --resume to go on with it or --overwrite to replace it")
-    old = json.loads(record.read_text())
-    changed = {key: (old.get(key), value) for key, value in asdict(settings).items() if old.get(key) != value}
-    if changed:
-        raise ValueError(f"{output} was started with other settings, (old, new): {changed}")
-
-
-def prepare_output(settings: Settings, output: Path, resume: bool) -> str | None:
-    """Record the settings, drop a replaced run, and return the checkpoint to resume from, if any."""
-    checkpoints = output / "checkpoints"
-    if not resume:
-        for name in ("checkpoints", "model"):
-            shutil.rmtree(output / name, ignore_errors=True)
-        (output / "metrics.json").unlink(missing_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "settings.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
-    return get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
+    save_steps: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    save_model: bool = True
+    baseline: Path | None = None
 
 
 def training_arguments(settings: Settings, output: Path, save_steps: int) -> TrainingArguments:
@@ -106,12 +73,11 @@ def training_arguments(settings: Settings, output: Path, save_steps: int) -> Tra
     )
 
 
-def data_sets(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict], list[dict]]:
+def data_sets(settings: Settings, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict], list[dict]]:
     """(training, held-out) sequences; the held-out ones come after all training text.
 
     A text with fewer sequences than the steps need is gone over again; it must give one beyond the held-out ones.
     """
-    text = read_text(settings.text, settings.dataset, settings.column)
     available = len(tokenizer(text, verbose=False).input_ids) // settings.length
     needed = settings.steps * settings.batch_size + settings.eval_sequences
     count = max(min(needed, available), settings.eval_sequences + 1)
@@ -119,13 +85,18 @@ def data_sets(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[l
     return blocks[: -settings.eval_sequences], blocks[-settings.eval_sequences :]
 
 
-def build_trainer(settings: Settings, output: Path, save_steps: int, console: Console) -> Trainer:
-    """Model, data and callbacks; the model is patched when the settings ask for FP8."""
+def build_trainer(settings: Settings, output: Path, save_steps: int, stop: StopOnSignal, console: Console) -> Trainer:
+    """Model, data and callbacks; the model is patched when the settings ask for FP8. Text is read first: it is quicker."""
+    text = read_text(settings.text, settings.dataset, settings.column, settings.split)
+    in_fp8 = settings.scaling == "geometry"
     with console.status(f"Loading {settings.model}"):
-        model, tokenizer = load(settings.model)
-    train, held_out = data_sets(settings, tokenizer)
-    callbacks: list[TrainerCallback] = [StepProgress(settings.steps, console)]
-    if settings.scaling == "geometry":
+        tokenizer = load_tokenizer(settings.model)
+        train, held_out = data_sets(settings, text, tokenizer)
+        model = load_model(settings.model, in_fp8, "; --scaling none trains it without FP8 attention")
+    logging.set_verbosity_error()
+    check_length(model.config, settings.length)
+    callbacks: list[TrainerCallback] = [StepProgress(settings.steps, console), stop]
+    if in_fp8:
         headroom = SCHEDULED_HEADROOM if settings.every_n_steps > 1 else 1.0
         patch_model(model, GeoScaleConfig(headroom=headroom, precision=settings.precision))
         callbacks.insert(0, GeoScaleCallback(settings.every_n_steps))
@@ -152,40 +123,68 @@ def loss_before(trainer: Trainer, output: Path, resumed: bool) -> float:
     return loss
 
 
-def finetune_model(
-    settings: Settings,
-    output: Path,
-    save_steps: int,
-    resume: bool,
-    overwrite: bool,
-    save_model: bool,
-    baseline: Path | None,
-    console: Console,
-) -> RunMetrics:
-    """Fine-tune, evaluate before and after on held-out text, write metrics, plot, card and model into `output`.
+def has_ended(settings: Settings, output: Path, save_model: bool, console: Console) -> bool:
+    """Whether an earlier run has ended, which is then printed.
 
     Raises:
-        ValueError, OSError: unusable settings, model, text, baseline or output folder; each says what to do.
-        ImportError: the plot extra is missing.
+        InputError: it diverged, or its weights are gone.
     """
-    import matplotlib  # noqa: F401  the plot needs it (extra: plot); say so before training, not after
+    ended = earlier_results(output)
+    if ended is None or ended.outcome in ("interrupted", "failed"):
+        return False
+    if ended.outcome == "diverged":
+        raise InputError(
+            f"{output} {ended.ending}, and going on would repeat it; --overwrite with a lower --learning-rate"
+        )
+    if not save_model or (output / "model").is_dir():
+        console.print(f"{output} is finished: all {settings.steps} steps are done, nothing to do", soft_wrap=True)
+        return True
+    last, _ = last_whole_checkpoint(output, settings.steps)
+    if last is None or checkpoint_step(last) < settings.steps:
+        raise InputError(
+            f"{output} is finished, but its model was not written, and no checkpoint of step {settings.steps} holds it; "
+            "--no-save-model does without, --overwrite trains again"
+        )
+    return False
 
-    compared = None if baseline is None else RunMetrics.read(baseline)
-    if compared is not None:
-        check_comparable(asdict(settings), compared.settings)
-    check_output(settings, output, resume, overwrite)
-    logging.set_verbosity_error()
-    trainer = build_trainer(settings, output, save_steps, console)
-    checkpoint = prepare_output(settings, output, resume)
-    start = f"resuming from {Path(checkpoint).name}" if checkpoint else "from the start"
-    console.print(f"Fine-tuning {settings.model}, scaling {settings.scaling}, {settings.steps} steps, {start}")
-    before = loss_before(trainer, output, bool(checkpoint))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    after = trainer.evaluate()["eval_loss"]
-    report = geometry_report(trainer.model) if settings.scaling == "geometry" else None
-    metrics = RunMetrics.collect(asdict(settings), trainer.state.log_history, before, after, report)
-    if save_model:
-        trainer.save_model(str(output / "model"))
-    write_results(metrics, compared, output)
-    print_summary(metrics, compared, output, console)
-    return metrics
+
+def resume_from(output: Path, steps: int, console: Console) -> Path | None:
+    """The last whole checkpoint. Others are set aside, which is printed, as is a lack of whole ones."""
+    last, skipped = last_whole_checkpoint(output, steps)
+    for checkpoint, problem in skipped.items():
+        set_aside(checkpoint)
+        console.print(f"{checkpoint.name} is not whole, and was set aside: {problem}", soft_wrap=True)
+    if last is None:
+        console.print(f"{output} holds no whole checkpoint: the run starts anew", soft_wrap=True)
+    return last
+
+
+def finetune_model(settings: Settings, output: Path, options: Options, console: Console) -> int:
+    """Fine-tune, evaluate before and after on held-out text, write metrics, card, plot and model into `output`.
+
+    Returns:
+        The command's exit status: 0, or 128 + the signal that interrupted it.
+    Raises:
+        InputError, UnsupportedModelError: unusable settings, model, text, baseline or output folder. The message names the remedy.
+        RunError: the run diverged, or a file could not be written. Earlier measurements are in `output`.
+    """
+    baseline = None if options.baseline is None else read_baseline(options.baseline, asdict(settings))
+    check_output(settings, output, options.resume, options.overwrite)
+    if options.resume and has_ended(settings, output, options.save_model, console):
+        return 0
+    with_plot = plot_possible(console)
+    stop = StopOnSignal()
+    trainer = build_trainer(settings, output, options.save_steps, stop, console)
+    prepare_output(settings, output, options.resume)
+    checkpoint = resume_from(output, settings.steps, console) if options.resume else None
+    start = f"resuming from {checkpoint.name}" if checkpoint else "from the start"
+    console.print(
+        f"Fine-tuning {settings.model}, scaling {settings.scaling}, {settings.steps} steps, {start}", soft_wrap=True
+    )
+    before = loss_before(trainer, output, checkpoint is not None)
+    run = Run(settings, output, trainer, before, baseline, with_plot, console)
+    progress = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StepProgress))
+    try:
+        return carry_out(run, checkpoint, stop, options.save_model)
+    finally:
+        progress.bar.stop()

@@ -1,35 +1,41 @@
-"""What a run measured: JSON, CSV, plot, model card, and the comparison of two runs."""
+"""Measurements of a run as JSON, CSV, plot and model card, and the comparison of two runs."""
 
 import csv
 import json
+import math
+import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean
+from typing import Literal
 
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
 
 from .. import __version__
 from ..integrations import GeometryReport
+from .failures import InputError
+
+Outcome = Literal["finished", "interrupted", "diverged", "failed"]
 
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """One finished run. Losses are nats per token."""
+    """One run, finished or not. Losses are nats per token."""
 
     settings: dict
     environment: dict
     steps: list[dict]  # a dict a step: step, loss, learning_rate, grad_norm, step_seconds, geoscale/…
     eval_before: float  # held-out text
-    eval_after: float
-    layers: list[dict] | None  # rows of geometry_report; None without FP8
+    eval_after: float | None  # None where the run did not come so far
+    layers: list[dict] | None  # rows of geometry_report; None without FP8, or where the weights hold NaN
+    outcome: Outcome = "finished"
+    diverged_at: int | None = None  # first step whose loss, or whose weights afterwards, are not finite
 
     @classmethod
     def collect(
-        cls, settings: dict, log: list[dict], before: float, after: float, report: GeometryReport | None
+        cls, settings: dict, log: list[dict], before: float, after: float | None, report: GeometryReport | None
     ) -> "RunMetrics":
         """From the Trainer's log history, which a checkpoint keeps, and the losses on held-out text."""
         environment = {
@@ -43,37 +49,71 @@ class RunMetrics:
             "threads": torch.get_num_threads(),
         }
         steps = [entry for entry in log if "loss" in entry]
-        return cls(settings, environment, steps, before, after, None if report is None else report.rows)
+        diverged = next((entry["step"] for entry in steps if not math.isfinite(entry["loss"])), None)
+        layers = None if report is None else report.rows
+        outcome: Outcome = "finished" if diverged is None else "diverged"
+        return cls(settings, environment, steps, before, after, layers, outcome, diverged)
 
     @classmethod
     def read(cls, folder: Path) -> "RunMetrics":
-        """From the metrics.json of a finished run.
+        """From the metrics.json of a run.
 
         Raises:
-            ValueError: the folder holds no finished run.
+            InputError: the folder holds none, or one that this command did not write.
         """
         path = folder / "metrics.json"
         if not path.exists():
-            raise ValueError(
+            raise InputError(
                 f"{folder} holds no finished run (no metrics.json); run `hf-geoscale finetune` into it first"
             )
-        return cls(**json.loads(path.read_text()))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from error
+        known = {field.name for field in fields(cls)}
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        given = set(found) if isinstance(found, dict) else set()
+        if not needed <= given <= known:
+            raise InputError(
+                f"{path} was not written by `hf-geoscale finetune`: missing {sorted(needed - given)}, "
+                f"unknown {sorted(given - known)}"
+            )
+        metrics = cls(**found)
+        try:
+            _ = metrics.losses, metrics.seconds_per_step, metrics.settings["scaling"], metrics.settings["dtype"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} was not written by `hf-geoscale finetune`: {error!r} in its steps") from error
+        return metrics
+
+    @property
+    def in_fp8(self) -> bool:
+        return self.settings["scaling"] == "geometry"
+
+    @property
+    def kernels(self) -> str | None:
+        """Kernels that ran the attention, by the rows of the report; None without FP8."""
+        names = dict.fromkeys(row["kernels"] for row in self.layers or () if row.get("kernels"))
+        return ", ".join(names) or None
 
     @property
     def losses(self) -> list[float]:
         return [entry["loss"] for entry in self.steps]
 
     @property
+    def last_loss(self) -> float | None:
+        return self.losses[-1] if self.steps else None
+
+    @property
     def seconds_per_step(self) -> float:
-        """Median wall clock of a step, refresh included."""
+        """Median wall clock of a step, refresh included; NaN without a step."""
         seconds = sorted(entry["step_seconds"] for entry in self.steps)
-        return seconds[len(seconds) // 2]
+        return seconds[len(seconds) // 2] if seconds else math.nan
 
     @property
     def refresh_share(self) -> float:
         """Share of the training time that went into refreshing scales."""
         refresh = sum(entry.get("geoscale/refresh_seconds", 0.0) for entry in self.steps)
-        return refresh / sum(entry["step_seconds"] for entry in self.steps)
+        return refresh / sum(entry["step_seconds"] for entry in self.steps) if self.steps else math.nan
 
     @property
     def overflows(self) -> int:
@@ -83,134 +123,90 @@ class RunMetrics:
     def utilisation(self) -> float:
         return max((entry.get("geoscale/utilisation", 0.0) for entry in self.steps), default=0.0)
 
+    @property
+    def label(self) -> str:
+        """Name of the run in tables and plots."""
+        return "FP8, scales from the weights" if self.in_fp8 else f"baseline, {self.settings['dtype']}"
+
+    @property
+    def ending(self) -> str | None:
+        """How a run ended that did not finish; None for one that did."""
+        done = len(self.steps)
+        return {
+            "finished": None,
+            "interrupted": f"was interrupted after {done} of {self.settings['steps']} steps",
+            "diverged": f"diverged in step {self.diverged_at}: from there on the loss or the weights hold NaN or Inf",
+            "failed": f"was ended by an error after {done} of {self.settings['steps']} steps",
+        }[self.outcome]
+
 
 TREATMENT = {"scaling", "precision", "every_n_steps", "dtype"}
 """Settings in which a run may differ from its baseline; everything else must be equal for losses to be comparable."""
 
 
+def read_baseline(folder: Path, settings: dict) -> RunMetrics:
+    """Another run, to compare one of these settings with.
+
+    Raises:
+        InputError: there is none, it was not finished, or it saw other data or another order.
+    """
+    baseline = RunMetrics.read(folder)
+    if baseline.outcome in ("interrupted", "failed"):
+        raise InputError(f"the baseline {folder} {baseline.ending}; finish it with --resume first")
+    check_comparable(settings, baseline.settings)
+    return baseline
+
+
 def check_comparable(settings: dict, baseline: dict) -> None:
-    """Raise ValueError, naming the settings, unless two runs saw the same data in the same order."""
-    other = {k: (baseline.get(k), v) for k, v in settings.items() if k not in TREATMENT and baseline.get(k) != v}
+    """Raise InputError, naming the settings, unless two runs saw the same data in the same order."""
+    other = {
+        k: (baseline[k], v) for k, v in settings.items() if k not in TREATMENT and k in baseline and baseline[k] != v
+    }
     if other:
-        raise ValueError(f"the baseline had other settings, (baseline, this run): {other}")
+        raise InputError(f"the baseline had other settings, (baseline, this run): {other}")
 
 
 def loss_gap(run: RunMetrics, baseline: RunMetrics) -> dict[str, float]:
-    """Differences run − baseline in nats per token: largest and mean over steps, last quarter's mean, held-out text."""
-    gaps = [a - b for a, b in zip(run.losses, baseline.losses, strict=True)]
-    return {
-        "largest |gap| of a step": max(map(abs, gaps)),
-        "mean gap": mean(gaps),
-        "mean gap, last quarter": mean(gaps[-max(1, len(gaps) // 4) :]),
-        "gap on held-out text": run.eval_after - baseline.eval_after,
-    }
+    """Differences run − baseline in nats per token: largest and mean over steps, last quarter's mean, held-out text.
+
+    Over the steps of both runs whose losses are finite. Entries without such a step, or without held-out losses, are left out.
+    """
+    gaps = [a - b for a, b in zip(run.losses, baseline.losses, strict=False) if math.isfinite(a - b)]
+    found = {}
+    if gaps:
+        found["largest |gap| of a step"] = max(map(abs, gaps))
+        found["mean gap"] = mean(gaps)
+        found["mean gap, last quarter"] = mean(gaps[-max(1, len(gaps) // 4) :])
+    if run.eval_after is not None and baseline.eval_after is not None:
+        found["gap on held-out text"] = run.eval_after - baseline.eval_after
+    return found
 
 
-def _label(run: RunMetrics) -> str:
-    """What ran the attention, for a reader: "FP8, scales from the weights" or the baseline's dtype."""
-    return (
-        "FP8, scales from the weights"
-        if run.settings["scaling"] == "geometry"
-        else f"baseline, {run.settings['dtype']}"
-    )
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in one move: after a kill in the middle, the old text is still there."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
-def _plot(metrics: RunMetrics, baseline: RunMetrics | None, path: Path) -> None:
-    import matplotlib
+def write_results(metrics: RunMetrics, baseline: RunMetrics | None, output: Path, with_plot: bool) -> None:
+    """metrics.json, metrics.csv, README.md (the model card) and, if wanted, loss.png in `output`, numbers first."""
+    from .card import write_card
+    from .loss_plot import plot_losses
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    x = [entry["step"] for entry in metrics.steps]
-    if baseline is not None:
-        left.plot(
-            x,
-            baseline.losses,
-            color="0.5",
-            linewidth=2.5,
-            label=_label(baseline),
-        )
-        right.axhline(0, color="0.5", linewidth=1)
-        right.plot(x, [a - b for a, b in zip(metrics.losses, baseline.losses, strict=True)], color="C0")
-        right.set(title="Loss difference", xlabel="step", ylabel="nats per token")
-    else:
-        right.plot(x, [entry.get("geoscale/utilisation", 0.0) for entry in metrics.steps], color="C0")
-        right.set(title="Worst certificate utilisation", xlabel="step", ylim=(0, 1))
-    left.plot(x, metrics.losses, color="C0", linewidth=1.2, label=_label(metrics))
-    left.set(title="Training loss", xlabel="step", ylabel="nats per token")
-    left.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def _card(metrics: RunMetrics, baseline: RunMetrics | None) -> str:
-    from huggingface_hub import ModelCard, ModelCardData
-
-    model = metrics.settings["model"]
-    data = ModelCardData(
-        base_model=None if Path(model).exists() else model,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["hf-geoscale", "fp8"] if metrics.settings["scaling"] == "geometry" else [],
-    )
-    return ModelCard.from_template(
-        data,
-        template_path=str(Path(__file__).with_name("card_template.md")),
-        model=Path(model).name if Path(model).exists() else model,
-        run=metrics,
-        baseline=baseline,
-        gap=None if baseline is None else loss_gap(metrics, baseline),
-    ).content
-
-
-def write_results(metrics: RunMetrics, baseline: RunMetrics | None, output: Path) -> None:
-    """metrics.json, metrics.csv, loss.png and README.md (the model card) in `output`."""
-    (output / "metrics.json").write_text(json.dumps(asdict(metrics), indent=1) + "\n")
+    write_whole(output / "metrics.json", json.dumps(asdict(metrics), indent=1) + "\n")
     columns = sorted(
         {key for entry in metrics.steps for key in entry}, key=lambda key: (key != "step", key != "loss", key)
     )
-    with (output / "metrics.csv").open("w", newline="") as file:
+    with (output / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(metrics.steps)
-    _plot(metrics, baseline, output / "loss.png")
-    (output / "README.md").write_text(_card(metrics, baseline))
-
-
-def print_summary(metrics: RunMetrics, baseline: RunMetrics | None, output: Path, console: Console) -> None:
-    """Losses side by side, what FP8 cost, and where everything lies."""
-    runs = [run for run in (baseline, metrics) if run is not None]
-    table = Table(title="Training loss, nats per token")
-    table.add_column("step", justify="right")
-    for run in runs:
-        table.add_column(_label(run), justify="right")
-    if baseline is not None:
-        table.add_column("gap", justify="right")
-    stride = max(1, len(metrics.steps) // 10)
-    for index in sorted({*range(0, len(metrics.steps), stride), len(metrics.steps) - 1}):
-        losses = [run.losses[index] for run in runs if index < len(run.losses)]
-        gap = [f"{losses[1] - losses[0]:+.4f}"] if baseline is not None and len(losses) == 2 else []
-        table.add_row(str(metrics.steps[index]["step"]), *(f"{loss:.4f}" for loss in losses), *gap)
-    console.print(table)
-    for run in runs:
-        console.print(
-            f"{_label(run)}: held-out loss {run.eval_before:.4f} → {run.eval_after:.4f}, {run.seconds_per_step:.2f} s a step"
-        )
-    if metrics.layers is not None:
-        calls = sum(row["calls"] for row in metrics.layers)
-        console.print(
-            f"FP8: {metrics.overflows} overflows in {calls} attention calls, worst certificate utilisation "
-            f"{metrics.utilisation:.1%}, refreshing scales took {metrics.refresh_share:.1%} of the training time"
-        )
-    if baseline is not None:
-        for name, value in loss_gap(metrics, baseline).items():
-            console.print(f"{name}: {value:+.4f}")
-    for what, name in (
-        ("plot", "loss.png"),
-        ("card", "README.md"),
-        ("metrics", "metrics.json, metrics.csv"),
-        ("model", "model"),
-    ):
-        if (output / name.split(",")[0]).exists():
-            console.print(f"{what}: {output}/{name}", soft_wrap=True)
+    (output / "loss.png").unlink(missing_ok=True)
+    write_card(metrics, baseline, output, with_plot)
+    if with_plot:
+        plot_losses(metrics, baseline, output / "loss.png")

@@ -25,7 +25,10 @@ from transformers.utils import logging
 from ..config import AutoAlpha, Delayed, GeoScaleConfig
 from ..errors import NonFiniteWeightsError
 from ..integrations import geoscale_layers, patch_model, unpatch_model
-from .loading import load, read_text, token_blocks
+from .failures import InputError
+from .loading import check_length, load_model, load_tokenizer, read_text, token_blocks
+from .loss_plot import plot_possible
+from .run_folder import check_folder
 from .transients_report import SPIKE_STEPS, write_report
 
 STRATEGIES: dict[str, GeoScaleConfig | None] = {
@@ -67,9 +70,9 @@ class Settings:
         ):
             unknown = [x for x in given if x not in known]
             if unknown or not given:
-                raise ValueError(f"{name} must be among {known}, got {tuple(given)}")
+                raise InputError(f"{name} must be among {known}, got {tuple(given)}")
         if self.steps < 3 * SPIKE_STEPS:
-            raise ValueError(f"steps must be at least {3 * SPIKE_STEPS}, so that a spike has a before and an after")
+            raise InputError(f"steps must be at least {3 * SPIKE_STEPS}, so that a spike has a before and an after")
 
 
 class Run:
@@ -131,7 +134,7 @@ class Run:
 
 
 def multiply_queries_and_keys(model: PreTrainedModel, factor: float) -> None:
-    """Multiply what makes queries and keys, in place. Raises ValueError for a model whose projections have other names."""
+    """Multiply what makes queries and keys, in place. Raises InputError for a model whose projections have other names."""
     found = False
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -143,7 +146,7 @@ def multiply_queries_and_keys(model: PreTrainedModel, factor: float) -> None:
                 continue
             found = True
     if not found:
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} has no q_proj, k_proj or c_attn to multiply; leave out the stress scenarios"
         )
 
@@ -182,26 +185,61 @@ def fresh_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return type(model)(copy.deepcopy(model.config)).state_dict()
 
 
-def run_transients(settings: Settings, output: Path, console: Console) -> list[dict]:
-    """Every scenario under every strategy; writes transients.jsonl, .md and .png into `output`, after each run.
+def runs_of(settings: Settings) -> list[tuple[str, int, str]]:
+    """(scenario, seed, strategy) of every run, in order."""
+    return [
+        (scenario, seed, strategy)
+        for scenario in settings.scenarios
+        for seed in range(settings.seeds if scenario in TRAINED else 1)
+        for strategy in settings.strategies
+    ]
 
-    Raises:
-        ValueError, OSError: unusable settings, model or text.
-        ImportError: the plot extra is missing.
-    """
-    import matplotlib  # noqa: F401  the plot needs it (extra: plot); say so before the runs, not after
 
-    logging.set_verbosity_error()
-    model, tokenizer = load(settings.model)
-    if torch.cuda.is_available():
-        model.cuda()
-    text = read_text(settings.text)
-    count = min(
-        len(tokenizer(text, verbose=False).input_ids) // settings.length, settings.steps * settings.batch_size * 4
-    )
-    ids = token_blocks(tokenizer, text, settings.length, max(count, 1)).to(model.device)
+def play_all(
+    settings: Settings,
+    model: PreTrainedModel,
+    ids: Tensor,
+    records: list[dict],
+    host: dict,
+    output: Path,
+    console: Console,
+) -> None:
+    """Every run in turn; its records are added to `records` and to transients.jsonl as soon as it is over."""
     start = {name: x.clone() for name, x in model.state_dict().items()}
     initial = fresh_weights(model) if "other" in settings.scenarios else {}
+    for scenario, seed, strategy in runs_of(settings):
+        unpatch_model(model)
+        model.load_state_dict(initial if scenario == "other" else start)
+        model.train(scenario in TRAINED)
+        run = Run(model, strategy, ids, settings, seed)
+        played = list(play(run, scenario, start))
+        label = {"scenario": scenario, "strategy": strategy, "seed": seed}
+        records += [label | {"step": step} | record for step, record in enumerate(played)]
+        over = sum(sum(record["overflows"].values()) for record in played)
+        console.print(f"{scenario}, seed {seed}, {strategy}: {over} overflows, loss {played[-1]['loss']:.3f}")
+        (output / "transients.jsonl").write_text("".join(json.dumps(x) + "\n" for x in (host, *records)))
+
+
+def run_transients(settings: Settings, output: Path, console: Console) -> list[dict]:
+    """Every scenario under every strategy; writes transients.jsonl after each run, .md and, with matplotlib, .png at the end.
+
+    Ctrl-C in between writes the table of the runs that are over.
+
+    Raises:
+        InputError, UnsupportedModelError: unusable settings, model, text or folder. The message names the remedy.
+    """
+    check_folder(output)
+    with_plot = plot_possible(console)
+    text = read_text(settings.text)
+    tokenizer = load_tokenizer(settings.model)
+    available = len(tokenizer(text, verbose=False).input_ids) // settings.length
+    count = max(min(available, settings.steps * settings.batch_size * 4), 1)
+    ids = token_blocks(tokenizer, text, settings.length, count)
+    model = load_model(settings.model, patchable=True)
+    check_length(model.config, settings.length)
+    logging.set_verbosity_error()
+    if torch.cuda.is_available():
+        model.cuda()
     host = asdict(settings) | {
         "model": Path(settings.model).name,  # no path of this machine
         "torch": torch.__version__,
@@ -209,18 +247,16 @@ def run_transients(settings: Settings, output: Path, console: Console) -> list[d
     }
     records: list[dict] = []
     output.mkdir(parents=True, exist_ok=True)
-    for scenario in settings.scenarios:
-        for seed in range(settings.seeds if scenario in TRAINED else 1):
-            for strategy in settings.strategies:
-                unpatch_model(model)
-                model.load_state_dict(initial if scenario == "other" else start)
-                model.train(scenario in TRAINED)
-                run = Run(model, strategy, ids, settings, seed)
-                played = list(play(run, scenario, start))
-                label = {"scenario": scenario, "strategy": strategy, "seed": seed}
-                records += [label | {"step": step} | record for step, record in enumerate(played)]
-                over = sum(sum(record["overflows"].values()) for record in played)
-                console.print(f"{scenario}, seed {seed}, {strategy}: {over} overflows, loss {played[-1]['loss']:.3f}")
-                (output / "transients.jsonl").write_text("".join(json.dumps(x) + "\n" for x in (host, *records)))
-    write_report(host, records, output)
+    try:
+        play_all(settings, model, ids.to(model.device), records, host, output, console)
+    except KeyboardInterrupt:
+        over = len({(r["scenario"], r["seed"], r["strategy"]) for r in records})
+        console.print(f"Interrupted: {over} of {len(runs_of(settings))} runs are over", style="bold")
+        if not records:
+            raise
+        write_report(host, records, output, with_plot)
+        console.print(f"their table is {output / 'transients.md'}", soft_wrap=True)
+        raise
+    table = write_report(host, records, output, with_plot)
+    console.print(table, markup=False, highlight=False, soft_wrap=True)
     return records

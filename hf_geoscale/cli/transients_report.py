@@ -121,6 +121,11 @@ def plot(records: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=140)
 
 
-def write_report(host: dict, records: list[dict], output: Path) -> None:
-    (output / "transients.md").write_text(to_markdown(host, records) + "\n")
-    plot(records, output / "transients.png")
+def write_report(host: dict, records: list[dict], output: Path, with_plot: bool) -> str:
+    """transients.md and, if wanted, transients.png; returns the table."""
+    table = to_markdown(host, records)
+    (output / "transients.md").write_text(table + "\n", encoding="utf-8")
+    (output / "transients.png").unlink(missing_ok=True)
+    if with_plot:
+        plot(records, output / "transients.png")
+    return table

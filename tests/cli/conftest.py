@@ -1,10 +1,28 @@
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from hf_geoscale.cli import app
 from hf_geoscale.cli.loading import read_text
 
 from ..conftest import SHAPE
+
+
+def run(*arguments):
+    """The command in this process; its output as in a pipe, 80 characters wide."""
+    return CliRunner(env={"COLUMNS": "80"}).invoke(app, [str(a) for a in arguments])
+
+
+def refused(*arguments) -> str:
+    """The one line that a command which must fail says, last; no traceback."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.output
+    said = [line for line in result.output.splitlines() if line.strip()]
+    assert said[-1].startswith("Error: "), result.output
+    assert sum(line.startswith("Error: ") for line in said) == 1
+    return said[-1].removeprefix("Error: ")
 
 
 @pytest.fixture(scope="session")

@@ -9,16 +9,12 @@ import sys
 
 import pytest
 from transformers import AutoModelForCausalLM, Trainer
-from typer.testing import CliRunner
 
-from hf_geoscale.cli import app
 from hf_geoscale.cli.results import RunMetrics, loss_gap
 
+from .conftest import run
+
 QUICK = ("--steps", 6, "--length", 32, "--batch-size", 2)
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from ..cli.conftest import text_file, tiny_folder  # noqa: F401
 from . import stack_scenarios
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+SHORT = ("--length", 256)
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
@@ -42,7 +43,7 @@ def test_trainer_with_ddp(two, tmp_path):
 @pytest.mark.feature("DDP")
 def test_raw_loop_with_ddp_launched(tiny_folder, text_file):  # noqa: F811
     """On the CPU too: there an Accelerator, unlike a Trainer, finds its process group without use_cpu."""
-    out = launch("ddp.yaml", EXAMPLES / "accelerate_loop.py", tiny_folder, text_file)
+    out = launch("ddp.yaml", EXAMPLES / "accelerate_loop.py", tiny_folder, "--text", text_file, *SHORT)
     assert out.count("step 20: loss") == 1
     assert "| utilisation | overflows |" in out
 
@@ -53,8 +54,7 @@ def test_raw_loop_with_ddp_launched(tiny_folder, text_file):  # noqa: F811
 def test_fsdp2_launched(tiny_folder, text_file, tmp_path, script):  # noqa: F811
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    output = [tmp_path] if script == "trainer.py" else []
-    out = launch("fsdp2.yaml", EXAMPLES / script, tiny_folder, text_file, *output)
+    out = launch("fsdp2.yaml", EXAMPLES / script, tiny_folder, "--text", text_file, *SHORT, "--output", tmp_path)
     assert re.search("geoscale/overflows|step 20: loss", out)
 
 
@@ -65,8 +65,7 @@ def test_zero3_launched(tiny_folder, text_file, tmp_path, script):  # noqa: F811
     pytest.importorskip("deepspeed")
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    output = [tmp_path] if script == "trainer.py" else []
-    out = launch("zero3.yaml", EXAMPLES / script, tiny_folder, text_file, *output)
+    out = launch("zero3.yaml", EXAMPLES / script, tiny_folder, "--text", text_file, *SHORT, "--output", tmp_path)
     assert re.search("geoscale/overflows|step 20: loss", out)
 
 
