@@ -83,7 +83,7 @@ def test_positions_mean_what_they_mean_to_sdpa(family, kind):
             assert relative(logits, exact[case][0]) < OUTPUT_ERROR, (fused, *case)
             assert relative(gradients, exact[case][1]) < GRADIENT_ERROR, (fused, *case)
         assert calls(model) == (len(cases), {})
-        assert geometry_report(model).rows[0]["fused_calls"] == len(cases) * fused
+        assert geometry_report(model).rows[0]["front_end_calls"] == len(cases) * fused
 
 
 @pytest.mark.parametrize("kind", ["grouped", "memory tokens", "one step back", "resets"])
