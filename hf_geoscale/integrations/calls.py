@@ -1,19 +1,22 @@
 """What a call of a module runs besides its class's forward: forwards of its own, and hooks, that may change values.
 
 A certificate speaks of what the class computes. A replaced forward is accepted where it is accelerate's, which calls the class's.
-A hook is accepted where it belongs to a library that leaves values alone, where its code returns nothing, or where it was run
-once and left the values as they were. Any other is refused by name. Nobody notices a hook that writes into its arguments in
-place, one that changes values at some calls only, and hooks of all modules (`torch.nn.modules.module.register_module_*_hook`).
+A hook is accepted where it belongs to a library that leaves values alone, or where its code returns nothing. Any other is
+watched: the forward in which it changes a value raises. One put on after patching is watched from the next refresh, or from
+the second forward on. Nobody notices hooks of all modules (`torch.nn.modules.module.register_module_*_hook`), and a hook that
+returns nothing but writes into its arguments.
 """
 
 import dis
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from threading import local
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedModelError
 
@@ -31,9 +34,6 @@ _TRUSTED = frozenset(
     )
 )
 """Packages whose hooks gather, place or observe, and change no values."""
-
-_harmless: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
-"""Of modules with hooks of others: the handles' numbers, which never recur, of hooks that were run and changed nothing."""
 
 
 def origin_of(function: Any) -> str:
@@ -98,78 +98,103 @@ def returns_nothing(function: Any) -> bool:
     return found
 
 
-def _others_hooks(module: nn.Module, hooks: dict[int, Callable]) -> Iterator[tuple[int, Callable]]:
-    """Hooks that may change values, and were not seen to leave them."""
-    seen = _harmless.get(module, ())
-    for number, hook in hooks.items():
-        if number not in seen and origin_of(hook).partition(".")[0] not in _TRUSTED and not returns_nothing(hook):
-            yield number, hook
+def watch_hooks(module: nn.Module, where: str, before_only: bool = False) -> None:
+    """From now on refuse, in the forward in which it happens, that hooks of others change what goes in or comes out.
 
-
-def check_hooks(module: nn.Module, where: str, width: int | tuple[int, ...], before_only: bool = False) -> None:
-    """Run hooks of others once, on random rows, and refuse those that change values.
+    No hook is run for a look: one that observes must not see rows that are none. Two hooks of ours enclose the others instead.
 
     Args:
         where: names the module in messages.
-        width: of the rows that the module takes.
-        before_only: look at hooks before the forward alone.
-    Raises:
-        UnsupportedModelError: a hook that changes what goes in or comes out, or that fails on such rows.
+        before_only: watch hooks before the forward alone.
     """
     if not module._forward_pre_hooks and not module._forward_hooks:
         return
-    before = list(_others_hooks(module, module._forward_pre_hooks))
-    after = [] if before_only else list(_others_hooks(module, module._forward_hooks))
-    if not before and not after:
-        return
-    parameter = next(module.parameters(), torch.empty(0))
-    shape = (width,) if isinstance(width, int) else width
-    rows = torch.randn(2, *shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    rows = rows.to(parameter.device, parameter.dtype if parameter.is_floating_point() else torch.float32)[None]
-    for number, hook in before:
-        with_kwargs = number in module._forward_pre_hooks_with_kwargs
-        _run(module, where, hook, (rows,), with_kwargs, lambda given: _first(given))
-    for number, hook in after:
-        with torch.no_grad():
-            out = module.forward(rows)
-        with_kwargs = number in module._forward_hooks_with_kwargs
-        _run(module, where, hook, (rows,), with_kwargs, lambda given: given, out)
-    _harmless.setdefault(module, set()).update(number for number, _ in (*before, *after))
+    before = _others(module._forward_pre_hooks)
+    after = {} if before_only else _others(module._forward_hooks)
+    watch = _watches.get(module)
+    if watch is not None:
+        if watch.numbers == {*before, *after}:
+            return
+        watch.remove()
+    if before or after:
+        _watches[module] = Watch(module, where, before, after)
+    else:
+        _watches.pop(module, None)
 
 
-def _first(given: Any) -> Any:
-    """The hidden states in what a pre-hook returns: the value, or the first of its arguments, or of ((args), {kwargs})."""
-    while isinstance(given, tuple) and given:
-        given = given[0]
-    return given
+def release_watches(modules: Iterable[nn.Module]) -> None:
+    """Take our hooks off these modules again."""
+    for module in modules:
+        if (watch := _watches.pop(module, None)) is not None:
+            watch.remove()
 
 
-def _run(
-    module: nn.Module,
-    where: str,
-    hook: Callable,
-    args: tuple[Tensor],
-    with_kwargs: bool,
-    value_of: Callable[[Any], Any],
-    out: Any = None,
-) -> None:
-    expected = args[0] if out is None else out
-    kept = expected.clone()
-    try:
-        with torch.no_grad():
-            given = hook(module, args, *([{}] if with_kwargs else []), *([] if out is None else [out]))
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{where} has a hook of {origin_of(hook)} that may change values and cannot be run alone "
-            f"({type(error).__name__}: {error}). Remove the hook before patching, or unpatch the model"
-        ) from error
-    changed = given is not None and not _same(value_of(given), kept)
-    if changed or not torch.equal(expected, kept):
-        raise UnsupportedModelError(
-            f"{where} has a hook of {origin_of(hook)} that changes values, which no weight bounds. Remove the hook, or unpatch the "
-            "model"
-        )
+class Watch:
+    """Two hooks of ours around those of others, before a module's forward, after it, or both.
+
+    Args:
+        before, after: hooks of others by number.
+    """
+
+    def __init__(self, module: nn.Module, where: str, before: dict[int, Callable], after: dict[int, Callable]):
+        self.where, self.numbers = where, {*before, *after}
+        self.names = ", ".join(sorted({origin_of(hook) for hook in (*before.values(), *after.values())}))
+        self.seen = local()  # the tensor and its count of writes, by thread
+        self.handles: list[RemovableHandle] = []
+        if before:
+            for act, prepend in ((self.keep_input, True), (self.compare_input, False)):
+                self.handles.append(module.register_forward_pre_hook(act, prepend=prepend, with_kwargs=True))
+        if after:
+            self.handles.append(module.register_forward_hook(self.keep_output, prepend=True))
+            self.handles.append(module.register_forward_hook(self.compare_output))
+
+    def remove(self) -> None:
+        while self.handles:
+            self.handles.pop().remove()
+
+    def _keep(self, value: Any) -> None:
+        self.seen.value = value, value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+    def _compare(self, value: Any) -> None:
+        kept, writes = self.seen.value
+        self.seen.value = None, None
+        written = writes is not None and kept._version != writes
+        if written or not (value is kept or _same(value, kept)):
+            raise UnsupportedModelError(
+                f"{self.where} has a hook of {self.names} that changes values, which no weight bounds. Remove the hook, or "
+                "unpatch the model"
+            )
+
+    def keep_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._keep(_tokens(args, kwargs))
+
+    def compare_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._compare(_tokens(args, kwargs))
+
+    def keep_output(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._keep(output)
+
+    def compare_output(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._compare(output)
 
 
-def _same(value: Any, expected: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == expected.shape and torch.equal(value, expected)
+_watches: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()
+
+
+def _others(hooks: dict[int, Callable]) -> dict[int, Callable]:
+    """Hooks that may change values, by number."""
+    return {
+        number: hook
+        for number, hook in hooks.items()
+        if origin_of(hook).partition(".")[0] not in _TRUSTED and not returns_nothing(hook)
+    }
+
+
+def _tokens(args: tuple, kwargs: dict) -> Any:
+    """What a norm, a projection or an attention module takes first."""
+    return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+
+
+def _same(value: Any, expected: Any) -> bool:
+    whole = isinstance(value, Tensor) and isinstance(expected, Tensor) and value.shape == expected.shape
+    return whole and torch.equal(value, expected)

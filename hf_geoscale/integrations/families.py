@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..errors import UnsupportedModelError
 from ..geometry import Projection
 from ..kernels import check_head_dim
-from .calls import check_hooks
+from .calls import watch_hooks
 from .decoders import FAMILIES
 from .norms import gain_and_shift
 from .placement import where_measured
@@ -143,14 +143,9 @@ class AttentionSite:
         rotary = self.rotary
         return (*self.attention._forward_pre_hooks, Identities(rotary), *rotary_state(rotary))
 
-    def check_calls(self) -> None:
-        """Raise UnsupportedModelError for a hook in front of the attention that changes the tokens it gets."""
-        check_hooks(self.attention, self.describe("the attention"), self.width, before_only=True)
-
-    @property
-    def width(self) -> int:
-        """Channels of a token."""
-        return self.attention.config.hidden_size
+    def watch_calls(self) -> None:
+        """From now on refuse a hook in front of the attention that changes the tokens which it gets."""
+        watch_hooks(self.attention, self.describe("the attention"), before_only=True)
 
 
 def _is_trainable(modules: Iterable[Any]) -> bool:

@@ -55,8 +55,11 @@ def unknown_keywords(call: Mapping[str, Any]) -> list[str]:
 
     False is none either for what `NOT_HONOURED` names, whose meaning is known; of an unknown flag it may be the unusual value.
     """
-    names = call.keys() - IGNORABLE
-    return sorted([n for n in names if call[n] is not None and not (call[n] is False and n in NOT_HONOURED)])
+    found = []
+    for name, value in call.items():  # torch.compile traces this, and knows no difference of a dict's keys
+        if name not in IGNORABLE and value is not None and not (value is False and name in NOT_HONOURED):
+            found.append(name)
+    return sorted(found)
 
 
 def parameters(function: Any) -> frozenset[str]:

@@ -165,7 +165,7 @@ class GeoScaleLayer(Observations, PatchedLayer):
             self._refuse_sharded_stream()
         modules = self.site.weight_modules()
         refuse_unreadable(modules, self.name, self.enclosing)
-        self.site.check_calls()
+        self.site.watch_calls()
         version = self.site.version(modules)
         vectors = None if self.geometry is None else self.geometry.vectors
         return LayerMaps(*self.site.projections(), self.site.softmax_scale, vectors), version

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from .calls import bound_function, call_state, check_forward, check_hooks
+from .calls import bound_function, call_state, check_forward, watch_hooks
 from .weights import active_module
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def gain_and_shift(norm: Any, where: str) -> tuple[Tensor | None, Tensor | None]
     if not whole or (shift is not None and (weight is None or shift.shape != weight.shape)):
         raise UnsupportedModelError(f"{where} is not a norm layer that we know; tokens after it have no norm bound")
     shape = _shape(norm, weight)
-    check_hooks(norm, where, shape)
+    watch_hooks(norm, where)
     offset = _offset(norm, weight, shift, shape, where)
     if weight is not None and offset:
         return weight.detach().double() + offset, shift
@@ -101,7 +101,11 @@ def _offset(norm: Any, weight: Tensor | None, shift: Tensor | None, shape: tuple
         return _believed(norm, declared, where, f"{type(error).__name__}: {error}")
     candidates = dict.fromkeys((declared, 0.0, 1.0)) if weight is not None else (0.0,)
     for offset in candidates:
-        gain = torch.ones((), dtype=torch.float64) if weight is None else probe.weight.double() + offset
+        gain = (
+            torch.ones((), dtype=torch.float64, device=rows.device)
+            if weight is None
+            else probe.weight.double() + offset
+        )
         if any(
             _agrees(out, u, gain, probe.bias if shift is not None else None, place[1])
             for u in _normalised(rows.double())

@@ -14,6 +14,7 @@ from ..errors import UnsupportedModelError
 from ..registration import NAME
 from . import front_end
 from .announcement import announce
+from .calls import release_watches
 from .families import AttentionSite, attention_sites
 from .implementation import restore, switch, watch
 from .layer import GeoScaleLayer, PatchedLayer, model_alpha_min
@@ -231,6 +232,7 @@ def unpatch_model(model: Model) -> Model:
         for name in ("geoscale", "extra_repr", "_replicate_for_data_parallel"):
             module.__dict__.pop(name, None)
     for whole in wholes:
+        release_watches(whole.modules())
         for module in whole.modules():
             release(module)
         restore(whole)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
-from .calls import check_forward, check_hooks
+from .calls import check_forward, watch_hooks
 from .sharding import is_partitioned, is_shard
 
 E4M3_MAX = 448.0
@@ -130,7 +130,7 @@ def effective_weight(
     for part in {id(m): m for m in (module, inner, getattr(inner, "base_layer", inner))}.values():
         check_forward(part, where)
         _refuse_reparametrised(part, where)
-        check_hooks(part, where, shape[0] if type(part) is Conv1D else shape[1])
+        watch_hooks(part, where)
     if (found := _whole_parameters(module)) is not None:
         return _of_shape(found, shape, where)
     module = inner

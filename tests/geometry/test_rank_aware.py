@@ -234,7 +234,8 @@ def test_observed_tokens_are_those_of_the_model():
 
 @torch.no_grad()
 def test_norm_at_the_worst_offset():
-    site = next(attention_sites(tiny_model("llama")))
+    model = tiny_model("llama")  # which its sites do not keep alive
+    site = next(attention_sites(model))
     matrix_q, matrix_k = (projection.matrix() for projection in site.projections()[:2])
     rotation = rotations(site, 40)
     angles = torch.arange(40)[:, None] * site.rotary[0].inv_freq

@@ -23,6 +23,7 @@ from hf_geoscale import (
 from hf_geoscale.integrations import geoscale_layers, patched_layers
 
 from ..conftest import SHAPE, tiny_model, tokens
+from ..tolerances import FLIPPED_ROUNDINGS, FUSED_RUNS
 from .test_callback import trainer
 
 FAMILIES = ["llama", "mistral-window", "qwen3", "gpt2"]
@@ -93,7 +94,9 @@ class TestFirstForward:
         model.gradient_checkpointing_enable()
         logits = model(**call).logits
         logits.sum().backward()
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        # On a GPU the interface's layer rounds q and k before RoPE, a fused one after it.
+        allowed = FUSED_RUNS if logits.is_cuda else FLIPPED_ROUNDINGS
+        assert (logits - expected).norm() / expected.norm() < allowed
         assert (logits - sdpa).norm() / sdpa.norm() > 1e-3
         fronts = [row["front_end"] for row in geometry_report(model).rows]
         assert fronts[0].startswith("its first call")

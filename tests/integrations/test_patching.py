@@ -212,7 +212,7 @@ class TestRefusals:
     def test_unknown_norm(self):
         model = tiny_model("llama")
         model.model.layers[0].input_layernorm = nn.Identity()
-        with pytest.raises(UnsupportedModelError, match="Identity is not a LayerNorm or RMSNorm"):
+        with pytest.raises(UnsupportedModelError, match="Identity, run on random rows"):
             patch_model(model)
 
 

@@ -219,7 +219,7 @@ class TestWhatTheForwardCalls:
         from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
         def change():
-            edit = (r"return self\.weight \*", "return self.weight * 0.5 *")
+            edit = (r"self\.variance_epsilon\)", "0.3)")
             monkeypatch.setattr(Qwen3RMSNorm, "forward", edited(Qwen3RMSNorm.forward, edit))
 
         model, ids = tiny_model("qwen3"), tokens(2, 40)
