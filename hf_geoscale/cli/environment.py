@@ -52,28 +52,6 @@ def driver_version() -> str | None:
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
 
 
-def kernels_here(device: Any) -> tuple[str, str | None]:
-    """Name of the kernels that run FP8 attention on a torch device, and the reason against faster ones.
-
-    Returns:
-        "Hopper kernels", "portable Triton kernels" or "plain PyTorch"; a reason, None where the fastest runs.
-    """
-    from ..kernels.backend import INTERPRETED, is_hopper, triton_missing
-
-    reason = triton_missing(device)
-    if reason is not None:
-        return "plain PyTorch", reason
-    if INTERPRETED:
-        return "plain PyTorch", "Triton interprets its kernels here (TRITON_INTERPRET is set)"
-    from ..kernels import hopper
-
-    if hopper.launch is None:
-        return "portable Triton kernels", "this Triton has not the Gluon that the Hopper kernels need"
-    if not is_hopper(device):
-        return "portable Triton kernels", "the Hopper kernels need compute capability 9.0"
-    return "Hopper kernels", None
-
-
 def _device(torch: Any, device: Any) -> dict[str, Any]:
     """One device and its kernels."""
     row: dict[str, Any] = {"device": str(device)}
@@ -83,7 +61,9 @@ def _device(torch: Any, device: Any) -> dict[str, Any]:
         row["memory_gib"] = round(properties.total_memory / 2**30, 1)
     else:
         row["name"] = platform.processor() or platform.machine()
-    row["kernels"], row["reason"] = kernels_here(device)
+    from ..kernels.backend import choose_kernels
+
+    row["kernels"], row["reason"] = choose_kernels("auto", device)
     return row
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..integrations import GeometryReport, geometry_report, patch_model
-from .environment import kernels_here
+from ..kernels.backend import PLAIN, choose_kernels
 from .failures import InputError
 from .loading import load_model, load_tokenizer, read_text
 
@@ -50,8 +50,8 @@ def verdict(report: GeometryReport, tokens: int | None) -> str:
 def backend_line() -> str:
     """The kernels that run FP8 attention on this machine, in a line."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    name, reason = kernels_here(device)
-    slower = ", a specification: slower than SDPA" if name == "plain PyTorch" else ""
+    name, reason = choose_kernels("auto", device)
+    slower = ", a specification: slower than SDPA" if name == PLAIN else ""
     return f"FP8 attention on this machine ({device.type}): {name}{slower}{'' if reason is None else f' ({reason})'}."
 
 

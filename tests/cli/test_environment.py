@@ -61,10 +61,10 @@ def test_a_torch_that_cannot_be_imported_is_told(monkeypatch):
 
 
 def test_a_device_that_fails_is_told(monkeypatch):
-    def fail(_):
+    def fail(*_):
         raise RuntimeError("CUDA driver version is insufficient")
 
-    monkeypatch.setattr(environment, "kernels_here", fail)
+    monkeypatch.setattr(backend, "choose_kernels", fail)
     expected = "RuntimeError: CUDA driver version is insufficient"
     assert environment.environment()["devices"][0] == {"device": "cpu", "error": expected}
     assert expected in " ".join(run("env").stdout.split())
@@ -82,17 +82,10 @@ def test_the_driver_is_asked_of_nvidia_smi(monkeypatch, tmp_path):
     assert environment.driver_version() is None
 
 
-@pytest.mark.cpu
-def test_kernels_and_reason(monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(backend, "TRITON_INSTALLED", False)
-    assert environment.kernels_here(cpu)[0] == "plain PyTorch"
-    assert "Triton 3.4" in environment.kernels_here(cpu)[1]
-    monkeypatch.setattr(backend, "TRITON_INSTALLED", True)
-    monkeypatch.setattr(backend, "INTERPRETED", False)
-    assert "NVIDIA GPU" in environment.kernels_here(cpu)[1]
-    monkeypatch.setattr(backend, "INTERPRETED", True)
-    assert "TRITON_INTERPRET" in environment.kernels_here(cpu)[1]
+def test_kernels_are_those_of_the_backend():
+    for device in environment.environment()["devices"]:
+        name, reason = backend.choose_kernels("auto", torch.device(device["device"]))
+        assert (device["kernels"], device["reason"]) == (name, reason)
 
 
 def test_version():

@@ -45,22 +45,20 @@ def model(tiny_folder, tmp_path) -> Path:  # noqa: F811
     return folder
 
 
-SIZE = ("--steps", 2, "--length", 64)
+SIZE = ("--steps", 2, "--length", 32)
 EXAMPLES = {
-    "trainer": lambda model, text, out: (model, text, out),
-    "accelerate_loop": lambda model, text, out: (model, text),
-    "sft_trainer": lambda model, text, out: (model, out, *SIZE),
-    "dpo": lambda model, text, out: (model, out, "--steps", 2),
-    "pretrain_gpt2": lambda model, text, out: (
-        *(model, out, "--text", text, *SIZE),
-        *("--width", 64, "--heads", 4, "--layers", 2),
-    ),
-    "qlora": lambda model, text, out: (model, out, "--text", text, *SIZE),
+    "trainer": lambda text, out: ("--text", text, "--output", out),
+    "accelerate_loop": lambda text, out: ("--text", text, "--output", out),
+    "sft_trainer": lambda text, out: ("--output", out),
+    "dpo": lambda text, out: ("--output", out),
+    "pretrain_gpt2": lambda text, out: ("--text", text, "--output", out, "--width", 64, "--heads", 4, "--layers", 2),
+    "qlora": lambda text, out: ("--text", text, "--output", out),
+    "transients": lambda text, out: ("--text", text),
 }
-"""Arguments of each example, at its smallest."""
+"""Arguments of each example beside the model and SIZE."""
 
-OWN = {"convert_gguf", "transients"}
-"""Examples that have no counterpart without this package; below."""
+OWN = {"convert_gguf"}
+"""Example that has no counterpart without this package; below."""
 
 
 def test_no_example_is_left_out():
@@ -71,7 +69,7 @@ def test_no_example_is_left_out():
 def test_example(name, model, text_file, tmp_path):  # noqa: F811
     def example(patched: bool) -> None:
         runner = () if patched else (UNPATCHED,)
-        arguments = EXAMPLES[name](model, text_file, tmp_path / f"out {patched}")
+        arguments = (model, *SIZE, *EXAMPLES[name](text_file, tmp_path / f"out {patched}"))
         printed = output(sys.executable, *runner, ROOT / "examples" / f"{name}.py", *arguments)
         assert not patched or "overflows" in printed, printed
 
@@ -94,6 +92,7 @@ def test_convert_gguf(gguf_and_folder, tmp_path):  # noqa: F811
 
 COMMANDS = {
     "--help": lambda model, text, out: ("--help",),
+    "env": lambda model, text, out: ("env",),
     "inspect": lambda model, text, out: ("inspect", model, "--text", text, "--max-tokens", 64),
     "inspect --json": lambda model, text, out: ("inspect", model, "--json"),
     "finetune": lambda model, text, out: (
@@ -114,7 +113,8 @@ def test_command(name, model, text_file, tmp_path):  # noqa: F811
         if patched:
             assert output(COMMAND, *arguments)
         elif name == "finetune":
-            output(sys.executable, UNPATCHED, ROOT / "examples" / "trainer.py", model, text_file, tmp_path / "control")
+            control = (model, *SIZE, *EXAMPLES["trainer"](text_file, tmp_path / "control"))
+            output(sys.executable, UNPATCHED, ROOT / "examples" / "trainer.py", *control)
         else:
             output(sys.executable, "-c", LOAD, model)
 
