@@ -19,6 +19,7 @@ from transformers import (
 
 from ..integrations.decoders import FAMILIES
 from ..integrations.refusals import REFUSED
+from ..integrations.towers import text_config
 from .corpus import read_text, token_blocks
 from .failures import InputError, condensed, require
 from .sources import ModelSource, find_model
@@ -78,7 +79,7 @@ def refuse_unsupported(config: Any, name: str, remedy: str) -> None:
         remedy: end of the message, with the command's alternative; may be empty.
     """
     kind = config.model_type
-    if kind in FAMILIES or config.get_text_config() is not config:  # of a multimodal model patch_model names the part
+    if kind in FAMILIES or text_config(config) is not config:  # of a multimodal model patch_model names the part
         return
     reason = REFUSED.get(kind, "its attention geometry is unknown")
     raise InputError(f"{name}: {kind} models are not supported: {reason}{remedy}")

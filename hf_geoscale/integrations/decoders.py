@@ -69,6 +69,7 @@ _ROTATED_FIRST = ("query_layernorm", "key_layernorm")
 FAMILIES = {
     "afmoe": _llama_like("AfmoeAttention", *_QK_NORMS),
     "apertus": _llama_like("ApertusAttention", *_QK_NORMS, input_norm="attention_layernorm"),
+    "apertus1p5_text": _llama_like("Apertus1p5TextAttention", *_QK_NORMS, input_norm="attention_layernorm"),
     "arcee": _llama_like("ArceeAttention"),
     "aria_text": _llama_like("AriaTextAttention"),
     "biogpt": _llama_like("BioGptAttention", input_norm="self_attn_layer_norm"),
@@ -82,6 +83,7 @@ FAMILIES = {
     "emu3_text_model": _llama_like("Emu3Attention"),
     "ernie4_5": _llama_like("Ernie4_5Attention"),
     "ernie4_5_moe": _llama_like("Ernie4_5_MoeAttention"),
+    "exaone": _llama_like("LlamaAttention"),
     "exaone4": _post_norm("Exaone4Attention"),
     "exaone_moe": _llama_like("ExaoneMoeAttention", *_QK_NORMS),
     "flex_olmo": _post_norm("FlexOlmoAttention", scope="projection"),
@@ -135,6 +137,7 @@ FAMILIES = {
     "qwen2_moe": _llama_like("Qwen2MoeAttention"),
     "qwen3": _llama_like("Qwen3Attention", *_QK_NORMS),
     "qwen3_moe": _llama_like("Qwen3MoeAttention", *_QK_NORMS),
+    "sarvam_moe": _llama_like("Glm4MoeAttention", *_QK_NORMS),
     "seed_oss": _llama_like("SeedOssAttention"),
     "smollm3": _llama_like("SmolLM3Attention"),
     "solar_open": _llama_like("SolarOpenAttention"),

@@ -17,7 +17,7 @@ REFUSED = {
     **dict.fromkeys(
         (
             *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu"),
-            *("deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4"),
+            *("deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4", "sarvam_mla"),
         ),
         _MLA,
     ),
@@ -34,7 +34,16 @@ REFUSED = {
     **dict.fromkeys(
         (
             *("bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe"),
-            *("lfm3", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text"),
+            *(
+                "lara_mini",
+                "lfm3",
+                "minimax",
+                "nemotron_h",
+                "olmo_hybrid",
+                "qwen3_5",
+                "qwen3_5_moe",
+                "qwen3_5_moe_text",
+            ),
             *("qwen3_5_text", "qwen3_next", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "zamba", "zamba2"),
         ),
         _HYBRID,
@@ -69,13 +78,14 @@ REFUSED = {
     **dict.fromkeys(
         ("gemma3n_text", "gemma4_assistant", "gemma4_text", "gemma4_unified_assistant", "gemma4_unified_text"), _SHARED
     ),
-    **dict.fromkeys(("inkling2_text", "inkling_text"), _POSITION_BIAS),
+    **dict.fromkeys(("inkling2_loop_text", "inkling2_text", "inkling_text"), _POSITION_BIAS),
     "beam": "queries of layers without RoPE are multiplied by a factor that grows with the position",
     "bitnet": "the linear layers of its checkpoints quantise what enters them, so that W is not what they compute",
     "blt": "a byte-level model of several transformers with cross-attention between them",
     "cohere_compass_text": "it has not been checked: no tiny model of it can be built from its config",
     "diffllama": "differential attention subtracts two softmaxes",
     "doge": "a dynamic mask that depends on the values hides keys",
+    "dory": "a learned factor multiplies each channel of its queries after RoPE",
     "jetmoe": "a mixture of attention experts: queries come from the experts of each token",
     "llama4": "temperature tuning multiplies queries by a factor that grows with the position",
     "llama4_text": "temperature tuning multiplies queries by a factor that grows with the position",
@@ -86,4 +96,4 @@ REFUSED = {
     "xlm-roberta-xl": "its norm layer and its projections are in different modules, which no reader understands",
     "zaya": "its queries and keys go through convolutions over the sequence",
 }
-"""`config.model_type` → reason, of the decoder families in transformers 5.23; docs/families.md has them all."""
+"""`config.model_type` → reason, of the decoder families in transformers 5.24; docs/families.md has them all."""

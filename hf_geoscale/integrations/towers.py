@@ -28,6 +28,14 @@ def _expression(name: str) -> str:
     return "model" + "".join(parts)
 
 
+def text_config(config: Any) -> Any:
+    """The configuration of a model's text tower; the model's own where there is no tower, or more than one (MusicGen)."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config
+
+
 def refuse_by_tower(outer: nn.Module, model: PreTrainedModel, error: UnsupportedModelError) -> None:
     """Raise UnsupportedModelError that says which towers can be patched, where a model of an unsupported family holds any."""
     config: Any = model.config
@@ -40,6 +48,6 @@ def refuse_by_tower(outer: nn.Module, model: PreTrainedModel, error: Unsupported
             f"model_type {config.model_type!r} is not supported as a whole: its other towers call the same attention interface. "
             f"Its tower of family {kinds} is: {named}"
         ) from error
-    text = config.get_text_config()
+    text = text_config(config)
     if text is not config and text.model_type not in FAMILIES:
         raise UnsupportedModelError(f"{error}. Its text tower {text.model_type!r} is not supported either") from error

@@ -39,3 +39,9 @@ def test_no_reason_is_unknown():
 def test_a_row_is_what_the_script_finds(model_type):
     row = examine(model_type)
     assert [row.model_class, row.verdict, row.reason or "–", row.asks] == list(ROWS[model_type])
+
+
+def test_a_model_with_two_text_configurations_is_refused_by_its_own_reason():
+    """transformers answers `get_text_config()` of them with a ValueError."""
+    row = examine("musicgen")
+    assert (row.verdict, row.reason) == ("refused", REFUSED["musicgen"])

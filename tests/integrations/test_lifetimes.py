@@ -262,6 +262,7 @@ def send_logits(rank, model, ids, queue):
         queue.put(model(ids).logits.numpy().tobytes())
 
 
+@pytest.mark.cpu  # tensors of a GPU go to other processes by handles of its memory
 class TestSpawnedProcesses:
     def test_the_same_bits_and_counters_of_its_own(self):
         model, ids = patch_model(tiny_model("llama"), backend="reference"), tokens(1, 16)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import pytest
-from hf_geoscale.integrations.known_sources import RELEASES
 from packaging.version import Version
 from torch import Tensor, nn
 
 from hf_geoscale import geometry_report
+from hf_geoscale.integrations.known_sources import RELEASES
 
 from ..integrations.compare import relative
 from ..tolerances import GRADIENT_ERROR, OUTPUT_ERROR

@@ -45,31 +45,33 @@ def model(tiny_folder, tmp_path) -> Path:  # noqa: F811
     return folder
 
 
-SIZE = ("--steps", 2, "--length", 32)
-EXAMPLES = {
-    "trainer": lambda text, out: ("--text", text, "--output", out),
-    "accelerate_loop": lambda text, out: ("--text", text, "--output", out),
-    "sft_trainer": lambda text, out: ("--output", out),
-    "dpo": lambda text, out: ("--output", out),
-    "pretrain_gpt2": lambda text, out: ("--text", text, "--output", out, "--width", 64, "--heads", 4, "--layers", 2),
-    "qlora": lambda text, out: ("--text", text, "--output", out),
-    "transients": lambda text, out: ("--text", text),
-}
-"""Arguments of each example beside the model and SIZE."""
+SMALL = ("--steps", 2, "--length", 32)
+"""Of every example, as their first lines say."""
 
-OWN = {"convert_gguf"}
-"""Example that has no counterpart without this package; below."""
+EXAMPLES = {
+    "trainer": lambda model, text, out: (model, "--text", text, "--output", out, *SMALL),
+    "accelerate_loop": lambda model, text, out: (model, "--text", text, "--output", out, *SMALL),
+    "sft_trainer": lambda model, text, out: (model, "--output", out, *SMALL),
+    "dpo": lambda model, text, out: (model, "--output", out, *SMALL),
+    "pretrain_gpt2": lambda model, text, out: (
+        *(model, "--text", text, "--output", out, *SMALL),
+        *("--width", 64, "--heads", 4, "--layers", 2),
+    ),
+    "qlora": lambda model, text, out: (model, "--text", text, "--output", out, *SMALL),
+    "transients": lambda model, text, out: (model, "--text", text, *SMALL),
+}
+"""Arguments of each example that trains or runs a model."""
 
 
 def test_no_example_is_left_out():
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == EXAMPLES.keys() | OWN
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == EXAMPLES.keys() | {"convert_gguf"}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name, model, text_file, tmp_path):  # noqa: F811
     def example(patched: bool) -> None:
         runner = () if patched else (UNPATCHED,)
-        arguments = (model, *SIZE, *EXAMPLES[name](text_file, tmp_path / f"out {patched}"))
+        arguments = EXAMPLES[name](model, text_file, tmp_path / f"out {patched}")
         printed = output(sys.executable, *runner, ROOT / "examples" / f"{name}.py", *arguments)
         assert not patched or "overflows" in printed, printed
 
@@ -113,8 +115,7 @@ def test_command(name, model, text_file, tmp_path):  # noqa: F811
         if patched:
             assert output(COMMAND, *arguments)
         elif name == "finetune":
-            control = (model, *SIZE, *EXAMPLES["trainer"](text_file, tmp_path / "control"))
-            output(sys.executable, UNPATCHED, ROOT / "examples" / "trainer.py", *control)
+            output(sys.executable, UNPATCHED, ROOT / "examples" / "trainer.py", model, text_file, tmp_path / "control")
         else:
             output(sys.executable, "-c", LOAD, model)
 

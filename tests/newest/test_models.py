@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_geoscale import patch_model
+from hf_geoscale.kernels.backend import triton_missing
 
-from ..conftest import FAMILIES, tiny_model, tokens
+from ..conftest import FAMILIES, here, tiny_model, tokens
 from ..kernels.conftest import hardware_rounding  # noqa: F401
 from .control import Outcome, compare
 
@@ -75,7 +76,8 @@ def test_family(family):
 
 def test_portable_kernels(hardware_rounding):  # noqa: F811
     """Of the Triton that was resolved, in its interpreter where there is no GPU."""
-    pytest.importorskip("triton")
+    if reason := triton_missing(here()):
+        pytest.skip(reason)
 
     def scenario(patched: bool) -> Outcome:
         model, ids = tiny_model("llama").train(), tokens(1, LENGTH)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.models.llama import modeling_llama
 
 from hf_geoscale import GeoScaleCallback, patch_model
@@ -63,6 +63,38 @@ def test_trainer(family, how, tmp_path):
     compare(scenario)
 
 
+def test_metrics_reach_tensorboard(tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def scenario(patched: bool) -> Outcome:
+        folder = tmp_path / str(patched)
+        args = TrainingArguments(output_dir=str(folder), **ARGUMENTS | {"report_to": "tensorboard"})
+        model, given = tiny_model("llama"), [GeoScaleCallback()] if patched else []
+        outcome = trained(Trainer(model=model, args=args, train_dataset=rows(), callbacks=given), patched)
+        (events,) = folder.rglob("events.out.*")
+        accumulator = accumulators.EventAccumulator(str(events)).Reload()
+        tags = {tag for group in accumulator.Tags().values() if isinstance(group, list) for tag in group}
+        assert any("loss" in tag for tag in tags)
+        assert any("geoscale/" in tag for tag in tags) == patched, tags
+        return outcome
+
+    compare(scenario)
+
+
+def test_the_name_alone(tiny_folder):  # noqa: F811
+    """`attn_implementation="geoscale"`, which patches in the first forward."""
+
+    def scenario(patched: bool) -> Outcome:
+        name = "geoscale" if patched else "sdpa"
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation=name).train()
+        ids = tokens(2, 24)
+        out = model(input_ids=ids, labels=ids)
+        out.loss.backward()
+        return Outcome({"logits": out.logits.detach()}, gradients(model), model)
+
+    compare(scenario)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_peft(family):
     """LoRA's gradients, and the merged model."""
@@ -95,7 +127,6 @@ SENTENCES = ["The assert statement is a convenient way to insert debugging asser
 @pytest.mark.parametrize("packing", [False, True])
 def test_trl(packing, tiny_folder, tmp_path):  # noqa: F811
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     def scenario(patched: bool) -> Outcome:
         tokenizer = AutoTokenizer.from_pretrained(tiny_folder, pad_token="!", eos_token="~")
