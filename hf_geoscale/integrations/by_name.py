@@ -107,8 +107,8 @@ def _find_home(module: nn.Module, layer: PatchedLayer | None) -> None:
         if not isinstance(late, GeoScaleLayer):
             raise UnsupportedModelError(
                 f"{type(module).__name__} runs with attn_implementation={NAME!r}, but it was never patched: it was added to the "
-                f"patched {type(models[0]).__name__} later, or is of another tower. Call hf_geoscale.patch_model(model) again, or set "
-                "another implementation on its config"
+                f"patched {type(models[0]).__name__} later, or is of another tower. Call hf_geoscale.patch_model(model) again, "
+                "or set another implementation on its config"
             )
         if late.front_end == "fused":
             front_end.remove(module)

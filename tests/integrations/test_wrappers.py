@@ -142,12 +142,12 @@ class TestRefused:
 
     def test_patching_a_wrapper(self):
         with pytest.raises(
-            TypeError, match="patch_model expects .* got Regressor; patch the base model before wrapping"
+            TypeError, match=r"patch_model expects .* got Regressor; patch the base model before wrapping"
         ):
             patch_model(Regressor(tiny_model("llama")))
 
     def test_patching_a_name(self):
-        with pytest.raises(TypeError, match="patch_model expects .* got 'HuggingFaceTB/SmolLM2-135M'; load it first"):
+        with pytest.raises(TypeError, match=r"patch_model expects .* got 'HuggingFaceTB/SmolLM2-135M'; load it first"):
             patch_model("HuggingFaceTB/SmolLM2-135M")
 
     def test_unpatching_one_layer_touches_nothing(self):
