@@ -51,5 +51,5 @@ class TestCaches:
     def test_a_paged_one_is_refused_by_its_class(self, name):
         model = patch_model(tiny_model("llama"))
         paged = object.__new__(PagedAttentionCache)
-        with pytest.raises(UnsupportedAttentionError, match="paged cache .*PagedAttentionCache"):
+        with pytest.raises(UnsupportedAttentionError, match=r"paged cache .*PagedAttentionCache"):
             geoscale_attention_forward(attention_of(model), *operands(), None, **{name: paged})
