@@ -13,7 +13,7 @@ INSTALL := -m pip install --quiet --no-compile --upgrade --upgrade-strategy eage
 export PYTHONDONTWRITEBYTECODE :=
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-newest test-wheel check model clean
+.PHONY: demo test test-newest test-wheel upstream check model clean
 
 demo: $(MODEL)/config.json  ## fine-tune SmolLM2-135M with and without FP8 attention, compare (under 10 minutes on 2 cores)
 	$(BIN)/hf-geoscale finetune $(MODEL) --scaling none --output runs/baseline --overwrite
@@ -33,6 +33,10 @@ test-wheel: $(TORCH)  ## the built wheel without extras, away from its source
 	$(PYTHON) -m venv .venv-wheel
 	$(WHEEL)/python $(INSTALL) dist/*.whl
 	cd dist && ../$(WHEEL)/python ../tests/newest/wheel.py
+
+upstream: .venv/installed  ## the fused forwards on the code of every supported release of transformers (about 300 MB of wheels)
+	$(BIN)/python tests/upstream/collect.py .wheels --download --check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/upstream/test_releases.py
 
 check: .venv/installed  ## lint, format, types and import directions, in seconds
 	$(BIN)/ruff check .
@@ -64,4 +68,4 @@ $(MODEL)/config.json: $(GGUF) | .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-wheel .model runs build dist *.egg-info
+	rm -rf .venv .venv-newest .venv-wheel .wheels .model runs build dist *.egg-info

@@ -5,7 +5,7 @@ compared by identity from then on.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -111,8 +111,10 @@ def unknown_rotation(kind: type) -> str | None:
     return None if is_known(half, "rotate_half") else _unknown(half, "rotate_half", "rotate_half")
 
 
-def unknown_rotary(rotary: Iterable[Any]) -> str | None:
+def unknown_rotary(rotary: Sequence[Any]) -> str | None:
     """The same of modules that make the angles: those of channels d and d + R/2 must be the same."""
+    if not rotary:
+        return "no rotary embedding was found whose angles could be known"
     for module in rotary:
         kind = type(module)
         if not is_known(kind.forward, "RotaryEmbedding.forward"):

@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_geoscale import UnsupportedAttentionError, geometry_report, patch_model
 from hf_geoscale.integrations.attention import geoscale_attention_forward
-from hf_geoscale.integrations.keywords import CACHE_NAMES
+from hf_geoscale.integrations.keywords import CACHE_NAMES, parameters
 
 from ..conftest import tiny_model, tokens
 from ..tolerances import OUTPUT_ERROR
@@ -53,3 +54,69 @@ class TestCaches:
         paged = object.__new__(PagedAttentionCache)
         with pytest.raises(UnsupportedAttentionError, match=r"paged cache .*PagedAttentionCache"):
             geoscale_attention_forward(attention_of(model), *operands(), None, **{name: paged})
+
+
+class TestOfModels:
+    """What a user gives the model, and what it passes down to the attention."""
+
+    def test_those_of_trainers_losses_and_tokenizers_change_nothing(self):
+        model, ids = patch_model(tiny_model("llama"), backend="reference"), tokens(2, 24)
+        plain = model(ids, labels=ids, use_cache=False)
+        given = {
+            "num_items_in_batch": torch.tensor(46),
+            "token_type_ids": torch.zeros_like(ids),
+            "cache_position": torch.arange(24),
+            "output_router_logits": False,
+            "output_attentions": False,
+            "position_bias": None,
+            "never_heard_of": None,
+        }
+        told = model(ids, labels=ids, use_cache=False, **given)
+        assert torch.equal(told.logits, plain.logits)
+        torch.testing.assert_close(told.loss, plain.loss)
+        assert {row["front_end_calls"] for row in geometry_report(model).rows} == {2}
+
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_a_users_own_loss_names_its_own(self, fused):
+        def loss(logits, labels, vocab_size, class_weights=None, **_):
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), class_weights)
+
+        weights = torch.rand(96, generator=torch.Generator().manual_seed(0))
+        model, ids = tiny_model("llama"), tokens(2, 24)
+        model.loss_function = loss
+        plain = model(ids, labels=ids, class_weights=weights).loss
+        patch_model(model, backend="reference", fused_front_end=fused)
+        torch.testing.assert_close(model(ids, labels=ids, class_weights=weights).loss, plain, rtol=OUTPUT_ERROR, atol=0)
+        assert {row["calls"] for row in geometry_report(model).rows} == {1}
+
+    @pytest.mark.parametrize("fused", [True, False])
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    @pytest.mark.parametrize("value", [1, False, torch.ones(1)], ids=["a number", "False", "a tensor"])
+    def test_any_other_is_refused_by_name(self, family, fused, value):
+        model = patch_model(tiny_model(family), fused_front_end=fused)
+        hidden = torch.zeros(1, 4, 64)
+        call = {"attention_mask": None, "never_heard_of": value}
+        if family == "llama":
+            call["position_embeddings"] = model.model.rotary_emb(hidden, torch.arange(4)[None])
+        with pytest.raises(UnsupportedAttentionError, match=rf"keyword never_heard_of \({family} layer 0\)"):
+            attention_of(model)(hidden, **call)
+
+    def test_with_a_fallback_it_goes_to_sdpa(self):
+        model, ids = tiny_model("llama"), tokens(2, 24)
+        plain = model(ids, never_heard_of=1).logits
+        patch_model(model, fallback="sdpa")
+        torch.testing.assert_close(model(ids, never_heard_of=1).logits, plain)
+        assert geometry_report(model).rows[0]["fallback_reasons"] == {"its keyword never_heard_of": 1}
+
+    def test_what_sdpa_has_itself_may_go_there(self):
+        """transformers 5.24's SDPA takes a position bias; earlier ones do not."""
+        bias = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        attention = attention_of(patch_model(tiny_model("llama"), fallback="sdpa"))
+        if "position_bias" not in parameters(sdpa_attention_forward):
+            with pytest.raises(UnsupportedAttentionError, match="a position bias on the logits"):
+                geoscale_attention_forward(attention, *operands(), None, position_bias=bias)
+            return
+        q, k, v = (torch.randn_like(x) for x in operands())
+        theirs, _ = sdpa_attention_forward(attention, q, k, v, None, scaling=0.25, position_bias=bias)
+        ours, _ = geoscale_attention_forward(attention, q, k, v, None, scaling=0.25, position_bias=bias)
+        torch.testing.assert_close(ours, theirs)

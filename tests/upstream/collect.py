@@ -20,7 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-PACKAGE = Path(__file__).parents[2] / "hf_geoscale" / "integrations"
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "hf_geoscale" / "integrations"
+WHEELS = ROOT / ".wheels"
+"""Where `make upstream` keeps them."""
 TABLE = PACKAGE / "known_sources.py"
 OLDEST, NEWEST = (4, 57), (5, 24)
 """Minor releases of transformers: the oldest that pyproject.toml allows, and the newest that was read."""

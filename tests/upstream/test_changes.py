@@ -219,15 +219,21 @@ class TestWhatTheForwardCalls:
         from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
         def change():
-            edit = (r"self\.variance_epsilon\)", "0.3)")
+            edit = (r"return self\.weight \*", "return (1 + self.weight) *")
             monkeypatch.setattr(Qwen3RMSNorm, "forward", edited(Qwen3RMSNorm.forward, edit))
 
-        model, ids = tiny_model("qwen3"), tokens(2, 40)
+        def small_gains():
+            model = tiny_model("qwen3")
+            with torch.no_grad():
+                for norm in [m for name, m in model.named_modules() if name.endswith((".q_norm", ".k_norm"))]:
+                    norm.weight.sub_(0.9)
+            return model
+
+        model, ids = small_gains(), tokens(2, 40)
         if when == "after patching":
             patch_model(model, backend="reference")(ids)
         change()
-        sdpa = step(tiny_model("qwen3"), ids)
-        assert_sdpas(patch_model(model, backend="reference"), ids, sdpa)
+        assert_sdpas(patch_model(model, backend="reference"), ids, step(small_gains(), ids))
 
     def test_a_cache_that_changes_what_it_is_given(self, monkeypatch, when):
         """The model makes it by itself in training."""
