@@ -11,7 +11,6 @@ from threading import RLock
 from typing import Any
 from weakref import WeakValueDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -28,7 +27,7 @@ from .patching import patch_model
 from .running import running_models, runs_compiled
 from .scales import settle_in
 from .sharding import fsdp_units, is_partitioned, is_shard, refuse_replicas
-from .transforms import may_be_transformed, refuse_transforms
+from .transforms import may_be_transformed, outside_graphs, refuse_transforms
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ _patched_configs: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 def attention_by_name(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs):
     """`geoscale_attention_forward`, after patching the model of a module that nobody patched."""
-    if may_be_transformed(query):
+    if may_be_transformed():
         refuse_transforms(query, key, value)
     try:
         at_home = module.__dict__["geoscale"].at_home
@@ -52,7 +51,8 @@ def attention_by_name(module: nn.Module, query: Tensor, key: Tensor, value: Tens
 
 def mask_by_name(*args, config: Any = None, **kwargs):
     """`geoscale_mask`, after patching the model of a config that nobody patched."""
-    refuse_transforms()
+    if may_be_transformed():
+        refuse_transforms()
     if config is not None and _patched_configs.get(id(config)) is not config:
         with _patching:
             _patch_before_first_layer()
@@ -155,5 +155,5 @@ def _refuse_prepared(model: PreTrainedModel) -> None:
 
 # At import, so that an unpickled patched model finds them in a new process. torch.compile leaves both out of its graphs: they read
 # the weights' versions and count calls, which a graph would freeze, and a CUDA graph would replay with old scales.
-AttentionInterface.register(NAME, torch.compiler.disable(attention_by_name))
-AttentionMaskInterface.register(NAME, torch.compiler.disable(mask_by_name))
+AttentionInterface.register(NAME, outside_graphs(attention_by_name))
+AttentionMaskInterface.register(NAME, outside_graphs(mask_by_name))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -89,6 +90,8 @@ def _together(hidden_states: Tensor, modules: Sequence[nn.Module]) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden_states.device.type):
         return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False  # the attention names what it refuses
     for module in modules:
         if type(module) is not nn.Linear or not is_bare(module):
             return False

@@ -1,19 +1,23 @@
 """Function transforms and graph exporters that FP8 attention has no rules for, refused before torch stumbles over it."""
 
+import inspect
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..errors import UnsupportedAttentionError
 
 
-def may_be_transformed(operand: Tensor) -> bool:
+def may_be_transformed() -> bool:
     """A quick look before each call: False in every ordinary forward."""
-    return (
+    return bool(
         torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
         or forward_ad._current_level >= 0
-        or type(operand) is not Tensor
+        or torch._C._len_torch_dispatch_stack()
     )
 
 
@@ -26,6 +30,8 @@ def _transform(operands: tuple[Tensor, ...]) -> str | None:
     # torch 2.6 says of an export that it compiles; compiled code itself runs with that flag off
     if getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)():
         return "torch.export"
+    if get_proxy_mode() is not None:
+        return "make_fx and what is built on it"
     if any(forward_ad.unpack_dual(operand).tangent is not None for operand in operands):
         return "forward-mode differentiation (torch.autograd.forward_ad)"
     return None
@@ -42,3 +48,14 @@ def refuse_transforms(*operands: Tensor) -> None:
             f"FP8 attention has no rule for {what}: each forward reads the weights' versions and counts its calls in Python. "
             "Call hf_geoscale.unpatch_model(model) first, and patch the model again afterwards"
         )
+
+
+def outside_graphs(function: Callable) -> Callable:
+    """Have torch.compile leave a function out of its graphs; one graph for all, and a strict export, say why they cannot."""
+    options = {}
+    if "reason" in inspect.signature(torch.compiler.disable).parameters:  # torch 2.7 and later
+        options["reason"] = (
+            "FP8 attention reads the weights' versions and counts its calls in Python; call hf_geoscale.unpatch_model(model) for a "
+            "single graph (fullgraph=True, torch.export)"
+        )
+    return torch.compiler.disable(function, **options)
