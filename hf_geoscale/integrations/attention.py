@@ -15,6 +15,7 @@ from ..kernels.attention import kernel_operand
 from ..kernels.hadamard import hadamard
 from ..kernels.qk_norm import QKNorm, normalise_and_rotate
 from ..scaling import E4M3, QuantScales
+from .front_end import look_again
 from .keywords import NOT_HONOURED, keywords_of_losses, parameters, refuse_paged_cache, unknown_keywords
 from .layer import GeoScaleLayer
 from .masks import CONTINUATION_ROWS, is_key_range, visibility_of_call
@@ -156,9 +157,10 @@ def _unknown_to(layer: GeoScaleLayer, options: dict[str, Any]) -> str | None:
 
 def _refuse_changed(module: nn.Module, layer: GeoScaleLayer) -> None:
     """Raise UnsupportedAttentionError where a compiled graph holds a fused forward that upstream's code has left behind."""
-    forward: Any = module.__dict__.get("forward")
-    unknown = forward.unknown(module, layer.site.rotary) if hasattr(forward, "unknown") else None
+    unknown = look_again(module, layer)
     if unknown is not None:
+        for other in layer.group.layers:  # the next compilation asks each what was seen last
+            look_again(other.site.attention, other)
         raise UnsupportedAttentionError(
             f"{unknown} ({layer.name}), since the model was compiled. Call torch.compiler.reset(), so that it is compiled again"
         )

@@ -87,6 +87,9 @@ class FusedForward:
     keywords = frozenset((*CACHE_NAMES, "hidden_states", "attention_mask", "is_causal"))
     """What the fused forward reads. Any other keyword, unless it is ignorable, is for the class's own forward to understand."""
 
+    rotates = False
+    """Whether the class's own forward rotates queries and keys."""
+
     def __init__(self, attention: Any):
         self._attention = ref(attention)  # which holds this: a reference that kept it alive would close a cycle
 
@@ -113,24 +116,18 @@ class FusedForward:
 
         A compiler takes what was true of the last call. The attention function, which it leaves to Python, looks again.
         """
-        layer = self.attention.geoscale
-        if torch.compiler.is_compiling():
-            return layer.front_end == FUSED
-        unknown = self.unknown(self.attention, layer.site.rotary)
-        if layer.front_end != (unknown or FUSED):
-            layer.front_end = unknown or FUSED
-            if unknown is not None:
-                _warn([layer])
-        return unknown is None
+        attention = self.attention
+        layer = attention.geoscale
+        return layer.front_end == FUSED if torch.compiler.is_compiling() else look_again(attention, layer) is None
 
     @classmethod
     def unknown(cls, attention: Any, rotary: Sequence[Any]) -> str | None:
         """What upstream code is not what this was written for, in words; None where all of it is."""
-        return recognition.unknown_forward(type(attention))
+        return recognition.unknown_code(attention, rotary, cls.rotates)
 
     def serves(self, call: dict[str, Any]) -> bool:
         """Whether the fused forward does what this call asks for."""
-        if not self.keywords.issuperset(unknown_keywords(call)):
+        if [name for name in unknown_keywords(call) if name not in self.keywords]:
             return False
         past = cache_of(call)
         return past is None or _is_only_filled(self.attention, past)
@@ -143,14 +140,9 @@ class LlamaForward(FusedForward):
     """Of LlamaAttention."""
 
     keywords = FusedForward.keywords | {"position_embeddings"}
+    rotates = True
     normalises = False
     """Whether the class's own forward has a norm of each head's q and k."""
-
-    @classmethod
-    def unknown(cls, attention: Any, rotary: Sequence[Any]) -> str | None:
-        kind = type(attention)
-        unknown = super().unknown(attention, rotary) or recognition.unknown_rotation(kind)
-        return unknown or recognition.unknown_rotary(rotary)
 
     def serves(self, call: dict[str, Any]) -> bool:
         angles = call.get("position_embeddings")
@@ -274,6 +266,19 @@ def install(layers: Iterable[GeoScaleLayer]) -> None:
         layer.front_end = reason or FUSED
     for of_one_reason in declined.values():
         _warn(of_one_reason)
+
+
+def look_again(attention: Any, layer: GeoScaleLayer) -> str | None:
+    """What upstream code of a patched attention is unknown now, in words; `layer.front_end` follows. None without a fused forward."""
+    forward = attention.__dict__.get("forward")
+    if not isinstance(forward, FusedForward):
+        return None
+    unknown = forward.unknown(attention, layer.site.rotary)
+    if layer.front_end != (unknown or FUSED):
+        layer.front_end = unknown or FUSED
+        if unknown is not None:
+            _warn([layer])
+    return unknown
 
 
 def _warn(layers: list[GeoScaleLayer]) -> None:

@@ -47,7 +47,10 @@ NOT_HONOURED = {
 
 def cache_of(call: Mapping[str, Any]) -> Any:
     """The cache among a call's keywords, under any of `CACHE_NAMES`; None without one."""
-    return next((call[name] for name in CACHE_NAMES if call.get(name) is not None), None)
+    for name in CACHE_NAMES:  # a loop, since torch 2.6 compiles no `next`
+        if call.get(name) is not None:
+            return call[name]
+    return None
 
 
 def unknown_keywords(call: Mapping[str, Any]) -> list[str]:

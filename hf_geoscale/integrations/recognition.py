@@ -6,7 +6,9 @@ compared by identity from then on.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -92,18 +94,75 @@ def owner_of_forward(kind: type) -> type:
     return next((base for base in kind.__mro__ if "forward" in base.__dict__), kind)
 
 
-def unknown_forward(kind: type) -> str | None:
-    """What is unknown of the `forward` of an attention class, in words; None where it is known."""
-    forward, owner = kind.forward, owner_of_forward(kind).__name__  # type: ignore[attr-defined]
-    if is_known(forward, f"{owner}.forward"):
-        return None
-    return _unknown(forward, "its forward", f"{owner}.forward")
+@dataclass(frozen=True)
+class _Verdict:
+    """What is unknown of an attention class, in words, as long as the code that was looked at still runs."""
+
+    unknown: str | None
+    functions: tuple[FunctionType, ...]
+    codes: tuple[CodeType, ...]
+    names: tuple[tuple[dict[str, Any], str, Any], ...]  # (globals, name, what it meant)
+
+    def holds(self) -> bool:
+        if (
+            tuple([function.__code__ for function in self.functions]) != self.codes
+        ):  # identity first: no code is compared
+            return False
+        return not [name for scope, name, meant in self.names if scope.get(name) is not meant]
 
 
-def unknown_rotation(kind: type) -> str | None:
-    """The same of the function that rotates q and k in an attention class's `forward`; None where none does."""
-    rotate = _global(kind.forward, "apply_rotary_pos_emb")  # type: ignore[attr-defined]
-    if rotate is None or is_known(rotate, "liger_rotary_pos_emb"):
+_VERDICTS: dict[tuple, _Verdict] = {}
+"""By the forwards of the attention class and of the rotary embeddings."""
+
+
+def unknown_code(attention: Any, rotary: Sequence[Any], rotates: bool) -> str | None:
+    """What upstream code is not known that an attention module's call runs, in words; None where all of it is.
+
+    Args:
+        rotary: the modules that make the angles.
+        rotates: whether the attention's forward rotates queries and keys.
+    """
+    kind = type(attention)
+    key = (kind.forward, *[type(module).forward for module in rotary])
+    try:
+        verdict = _VERDICTS.get(key)
+    except TypeError:  # a callable without a hash is none that we know
+        return _unknown_forward(kind)
+    if verdict is None or not verdict.holds():
+        verdict = _VERDICTS[key] = _verdict(kind, rotary, rotates)
+    if verdict.unknown is None:
+        for module in rotary:
+            if "forward" in module.__dict__ or module._forward_hooks:
+                return f"its {type(module).__name__} has a hook or a forward of its own"
+    return verdict.unknown
+
+
+def _verdict(kind: type, rotary: Sequence[Any], rotates: bool) -> _Verdict:
+    unknown = _unknown_forward(kind)
+    if rotates:
+        unknown = unknown or _unknown_rotation(kind) or _unknown_rotary(rotary)
+    looked_at, names = [kind.forward, *(type(module).forward for module in rotary)], []  # type: ignore[attr-defined]
+    caller = kind.forward  # type: ignore[attr-defined]
+    for name in ("apply_rotary_pos_emb", "rotate_half") if rotates else ():
+        found = fingerprint(caller)
+        if found is not None:
+            scope = found.functions[-1].__globals__
+            names.append((scope, name, scope.get(name)))
+            caller = _unwrapped(scope.get(name))
+            looked_at.append(caller)
+    functions = [f for found in map(fingerprint, looked_at) if found is not None for f in found.functions]
+    return _Verdict(unknown, tuple(functions), tuple([f.__code__ for f in functions]), tuple(names))
+
+
+def _unknown_forward(kind: Any) -> str | None:
+    name = f"{owner_of_forward(kind).__name__}.forward"
+    return None if is_known(kind.forward, name) else _unknown(kind.forward, "its forward", name)
+
+
+def _unknown_rotation(kind: Any) -> str | None:
+    """Of the function that rotates q and k."""
+    rotate = _global(kind.forward, "apply_rotary_pos_emb")
+    if is_known(rotate, "liger_rotary_pos_emb"):
         return None
     if not is_known(rotate, "apply_rotary_pos_emb"):
         return _unknown(rotate, "apply_rotary_pos_emb", "apply_rotary_pos_emb")
@@ -111,16 +170,14 @@ def unknown_rotation(kind: type) -> str | None:
     return None if is_known(half, "rotate_half") else _unknown(half, "rotate_half", "rotate_half")
 
 
-def unknown_rotary(rotary: Sequence[Any]) -> str | None:
-    """The same of modules that make the angles: those of channels d and d + R/2 must be the same."""
+def _unknown_rotary(rotary: Sequence[Any]) -> str | None:
+    """Of modules that make the angles: those of channels d and d + R/2 must be the same."""
     if not rotary:
         return "no rotary embedding was found whose angles could be known"
     for module in rotary:
         kind = type(module)
         if not is_known(kind.forward, "RotaryEmbedding.forward"):
             return _unknown(kind.forward, f"its {kind.__name__}", f"{kind.__name__}.forward")
-        if "forward" in module.__dict__ or module._forward_hooks:
-            return f"its {kind.__name__} has a hook or a forward of its own"
     return None
 
 

@@ -189,6 +189,10 @@ class RefreshGroup:
         return RefreshGroup, ()
 
     @property
+    def layers(self) -> list["GeoScaleLayer"]:
+        return list(self._layers)
+
+    @property
     def pending(self) -> bool:
         """Whether a check is still to come."""
         return bool(self._pending)

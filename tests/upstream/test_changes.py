@@ -277,6 +277,19 @@ class TestSources:
         assert_sdpas(model, ids, step(widened(), ids))
         assert "is none of those known" in front_end(model)
 
+    def test_a_compiled_model_does_not_go_on_with_the_old_code(self, monkeypatch):
+        torch._dynamo.reset()
+        model, ids = patch_model(widened(), backend="reference"), tokens(2, 40)
+        compiled = torch.compile(model, backend="eager")
+        compiled(ids, use_cache=False)
+        monkeypatch.setattr(LlamaAttention, "forward", edited(LlamaAttention.forward, STEP_MORE))
+        sdpa = widened()(ids, use_cache=False).logits
+        with pytest.raises(UnsupportedAttentionError, match=r"none of those known.*torch\.compiler\.reset"):
+            compiled(ids, use_cache=False)
+        torch.compiler.reset()
+        assert relative(compiled(ids, use_cache=False).logits, sdpa) < OUTPUT_ERROR
+        torch._dynamo.reset()
+
     def test_docstring_comments_hints_and_formatting_do_not_count(self, monkeypatch):
         edits = (
             (r"attention_mask: [^\n]*?( = None)?,\n", r"attention_mask: 'a mask'\1,  # said otherwise\n"),
