@@ -80,7 +80,7 @@ def _global(function: Any, name: str) -> Any:
 def _unwrapped(function: Any) -> Any:
     """The function inside a module that the package `kernels` made of it, while that module still calls it."""
     kind = type(function)
-    if not (isinstance(function, nn.Module) and kind.__module__.startswith("kernels.")):
+    if kind is FunctionType or not (isinstance(function, nn.Module) and kind.__module__.startswith("kernels.")):
         return function
     replaced = function.__dict__.get("forward")
     if replaced is not None and getattr(replaced, "__func__", None) is not kind.forward:
@@ -101,14 +101,14 @@ class _Verdict:
     unknown: str | None
     functions: tuple[FunctionType, ...]
     codes: tuple[CodeType, ...]
-    names: tuple[tuple[dict[str, Any], str, Any], ...]  # (globals, name, what it meant)
+    names: tuple[tuple[dict[str, Any], str, Any], ...]  # (globals, name, function it meant)
 
     def holds(self) -> bool:
         if (
             tuple([function.__code__ for function in self.functions]) != self.codes
         ):  # identity first: no code is compared
             return False
-        return not [name for scope, name, meant in self.names if scope.get(name) is not meant]
+        return not [name for scope, name, meant in self.names if _unwrapped(scope.get(name)) is not meant]
 
 
 _VERDICTS: dict[tuple, _Verdict] = {}
@@ -147,8 +147,8 @@ def _verdict(kind: type, rotary: Sequence[Any], rotates: bool) -> _Verdict:
         found = fingerprint(caller)
         if found is not None:
             scope = found.functions[-1].__globals__
-            names.append((scope, name, scope.get(name)))
             caller = _unwrapped(scope.get(name))
+            names.append((scope, name, caller))
             looked_at.append(caller)
     functions = [f for found in map(fingerprint, looked_at) if found is not None for f in found.functions]
     return _Verdict(unknown, tuple(functions), tuple([f.__code__ for f in functions]), tuple(names))

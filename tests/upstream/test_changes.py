@@ -203,6 +203,26 @@ class TestWhatTheForwardCalls:
         assert_sdpas(model, ids, sdpa)
         assert front_end(model) == f"{__name__} replaced {name}"
 
+    def test_a_rotation_that_the_package_kernels_made_a_module_of(self, monkeypatch, when):
+        """It is known by the function inside, until somebody gives the module another forward."""
+        func = modeling_llama.apply_rotary_pos_emb
+
+        class Func(torch.nn.Module):
+            def forward(self, *args, **kwargs):
+                return func(*args, **kwargs)
+
+        Func.__module__ = "kernels.layer.layer"
+        module, (model, ids) = Func(), (patch_model(widened(), backend="reference"), tokens(2, 40))
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", module)
+        if when == "after patching":
+            model(ids, use_cache=False)
+        else:
+            patch_model(model, backend="reference")
+        assert front_end(model) == "fused"
+        module.forward = halved
+        assert_sdpas(model, ids, step(widened(), ids))
+        assert front_end(model) == "kernels.layer.layer replaced apply_rotary_pos_emb"
+
     def test_angles_of_another_layout(self, monkeypatch, when):
         """Those of channels 2i and 2i + 1 the same, as some families rotate; the fused forward reads the first half only."""
         rotary = modeling_llama.LlamaRotaryEmbedding
