@@ -25,6 +25,7 @@ from .keywords import CACHE_NAMES, cache_of, unknown_keywords
 from .layer import GeoScaleLayer
 from .projections import is_bare, project
 from .refresh import RefreshGroup
+from .upstream import warn_of_missing
 
 FUSED = "fused"
 """`GeoScaleLayer.front_end` of a layer with a fused forward; any other says why it has none."""
@@ -253,6 +254,7 @@ def install(layers: Iterable[GeoScaleLayer]) -> None:
 
     Logs one warning a reason where there is one, but upstream's code or somebody's wrapper stands against it.
     """
+    warn_of_missing()
     declined: dict[str, list[GeoScaleLayer]] = {}
     for layer in layers:
         attention, reason = layer.site.attention, _not_wanted(layer)
@@ -269,7 +271,7 @@ def install(layers: Iterable[GeoScaleLayer]) -> None:
 
 
 def look_again(attention: Any, layer: GeoScaleLayer) -> str | None:
-    """What upstream code of a patched attention is unknown now, in words; `layer.front_end` follows. None without a fused forward."""
+    """What upstream code of an attention with a fused forward is unknown now, in words; `layer.front_end` follows."""
     forward = attention.__dict__.get("forward")
     if not isinstance(forward, FusedForward):
         return None
@@ -287,7 +289,8 @@ def _warn(layers: list[GeoScaleLayer]) -> None:
     if first.front_end not in said:
         said.add(first.front_end)
         logger.warning(
-            "geoscale: %s%s runs through transformers' attention interface, without the fused front end: %s",
+            "geoscale: %s%s runs through transformers' attention interface, without the fused front end: %s. Certificates speak of "
+            "the code that is known: overflows in geometry_report(model) tell if q, k or v left them",
             first.name,
             f" (and {len(layers) - 1} more)" if len(layers) > 1 else "",
             first.front_end,

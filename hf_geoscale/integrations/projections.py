@@ -8,18 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-)
+from torch.nn.modules import module as module_of_torch
+
+from .transforms import derives
 
 _PLAIN = (Tensor, nn.Parameter)
 _LINEAR_FORWARD = nn.Linear.forward
 """To notice whoever replaces it."""
+
+_GLOBAL_HOOKS = tuple(
+    getattr(module_of_torch, name, None)  # torch 2.6 has no function that tells
+    for name in (
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
+    )
+)
+"""Hooks of all modules. A torch without one of these dictionaries may run hooks that nobody here sees: no module is bare."""
 
 
 def is_bare(module: Any) -> bool:
@@ -28,10 +35,7 @@ def is_bare(module: Any) -> bool:
     """
     own = module.__dict__
     return not (
-        _global_forward_hooks  # torch 2.6 has no function that tells
-        or _global_forward_pre_hooks
-        or _global_backward_hooks
-        or _global_backward_pre_hooks
+        _GLOBAL_HOOKS != ({}, {}, {}, {})
         or "forward" in own
         or own["_forward_hooks"]
         or own["_forward_pre_hooks"]
@@ -90,7 +94,7 @@ def _together(hidden_states: Tensor, modules: Sequence[nn.Module]) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden_states.device.type):
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if derives():
         return False  # the attention names what it refuses
     for module in modules:
         if type(module) is not nn.Linear or not is_bare(module):

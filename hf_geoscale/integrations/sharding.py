@@ -188,6 +188,11 @@ def refuse_parallelism(model: Any = None) -> None:
     from accelerate.state import AcceleratorState  # an empty dict before there is an Accelerator
 
     parallelism = AcceleratorState._shared_state.get("parallelism_config")
+    if parallelism is not None and not hasattr(parallelism, "tp_size"):
+        raise UnsupportedModelError(
+            f"accelerate's {type(parallelism).__name__} has no tp_size, which would tell tensor parallelism. Use accelerate 1.15, "
+            "or leave parallelism_config out"
+        )
     given = {
         name: getattr(parallelism, f"{short}_size", None) or 1
         for short, name in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence"))

@@ -11,19 +11,33 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from ..errors import UnsupportedAttentionError
 
 
+def _never() -> bool:
+    return False
+
+
+def _perhaps() -> bool:
+    return True
+
+
+_transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", _never)
+_is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", _perhaps)
+"""torch's private functions. Without the first, transforms end in torch's own error; without the last, all calls are looked at."""
+
+
+def derives() -> bool:
+    """Whether torch.func or forward-mode differentiation may be at work."""
+    return bool(_transforms_are_active() or getattr(forward_ad, "_current_level", 0) >= 0)
+
+
 def may_be_transformed() -> bool:
     """A quick look before each call: False in every ordinary forward."""
-    return bool(
-        torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-    )
+    return bool(derives() or _is_tracing() or _modes())
 
 
 def _transform(operands: tuple[Tensor, ...]) -> str | None:
     """What is transforming the running forward; None for an ordinary one."""
-    if torch._C._are_functorch_transforms_active():
+    if _transforms_are_active():
         return "a transform of torch.func (grad, vmap, jvp and their kin)"
     if torch.jit.is_tracing():
         return "torch.jit.trace"

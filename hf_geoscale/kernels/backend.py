@@ -48,6 +48,8 @@ def triton_missing(device: torch.device) -> str | None:
     """Why the fused kernels cannot run on a device, or None where they can."""
     if not TRITON_INSTALLED:
         return "Triton 3.4 or later is not installed (torch 2.8 and later bring it along on Linux)"
+    if not hasattr(torch._C, "_AutoDispatchBelowAutograd"):
+        return f"torch {torch.__version__} has no torch._C._AutoDispatchBelowAutograd, which the kernels' op needs"
     if INTERPRETED:
         return None
     if device.type != "cuda" or torch.version.hip is not None:

@@ -22,13 +22,20 @@ OPTIONS = list(signature(passes.forward).parameters).index("interleaved")
 """Inputs from here on are options: what a call computes, and last three that no backward asks for."""
 
 
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_transforms = getattr(torch._C, "_are_functorch_transforms_active", None)
+"""torch's private functions that tell of dispatch modes and transforms. Without one, every call goes through the dispatcher."""
+
+
 def _nobody_watches(x: Tensor) -> bool:
     """Whether no compiler, dispatch mode, transform or tensor subclass has to see the ops: autograd alone does."""
     return not (
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        or _modes is None
+        or _transforms is None
+        or _modes()
+        or _transforms()
     )
 
 

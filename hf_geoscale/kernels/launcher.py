@@ -5,10 +5,11 @@ the same arguments from then on. `descriptor` does the same for TMA descriptors,
 keeps launches for `replay`, and `repeatable` takes what is still Python between a compiled kernel and the driver away from them.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from inspect import getclosurevars
 from typing import Any, NamedTuple
 
@@ -24,6 +25,21 @@ CAPACITY = 1024
 
 RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
 _FOLLOWED = RELEASE in RELEASES_READ and not knobs.runtime.interpret
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def _say_that_triton_launches() -> None:
+    """Once, where kernels launch as Triton does because nobody read this release."""
+    if not _FOLLOWED and not knobs.runtime.interpret:
+        releases = " and ".join(f"{major}.{minor}" for major, minor in RELEASES_READ)
+        logger.warning(
+            "geoscale: Triton %s launches each kernel through its own Python, which takes host time: launches go past it with "
+            "Triton %s",
+            triton.__version__,
+            releases,
+        )
 
 
 def _observed() -> bool:
@@ -116,6 +132,7 @@ class DirectKernel:
     def _launch(self, grid: tuple[int, ...], *arguments, **options) -> None:
         launches = getattr(_recordings, "launches", None)
         if not _FOLLOWED or self.kernel.pre_run_hooks or _observed():
+            _say_that_triton_launches()
             self.kernel[grid](*arguments, **options)
             if launches is not None:
                 launches.append(None)
