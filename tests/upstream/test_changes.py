@@ -203,6 +203,19 @@ class TestWhatTheForwardCalls:
         assert_sdpas(model, ids, sdpa)
         assert front_end(model) == f"{__name__} replaced {name}"
 
+    def test_liger_kernels_rotation_is_known(self, monkeypatch, when):
+        rope = pytest.importorskip("liger_kernel.transformers.rope")
+        model, ids = patch_model(widened(), backend="reference"), tokens(2, 40)
+        sdpa = step(widened(), ids)
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rope.liger_rotary_pos_emb)
+        if when == "before patching":
+            patch_model(model, backend="reference")
+        assert_sdpas(model, ids, sdpa)
+        assert front_end(model) == "fused"
+        monkeypatch.setattr(rope.liger_rotary_pos_emb, "__code__", halved.__code__)
+        assert_sdpas(model, ids, step(widened(), ids))
+        assert "liger_rotary_pos_emb" in front_end(model) or "apply_rotary_pos_emb" in front_end(model)
+
     def test_a_rotation_that_the_package_kernels_made_a_module_of(self, monkeypatch, when):
         """It is known by the function inside, until somebody gives the module another forward."""
         func = modeling_llama.apply_rotary_pos_emb
