@@ -113,9 +113,9 @@ def _named(scales: QuantScales) -> dict[str, Any]:
 def _for_softmax_scale(scales: QuantScales, layer: GeoScaleLayer, softmax_scale: float) -> QuantScales:
     """Scales of logits with the factor of this call, where they were made from the weights and the factor known at patching."""
     measured = None if layer.geometry is None else layer.geometry.softmax_scale
-    if scales.logit is None or layer.config.scaling != "geometry" or not measured or softmax_scale in (0.0, measured):
+    if layer.config.scaling != "geometry" or not measured or softmax_scale in (0.0, measured):
         return scales
-    return replace(scales, logit=scales.logit * abs(measured / softmax_scale))
+    return replace(scales, logit=cast(Tensor, scales.logit) * abs(measured / softmax_scale))
 
 
 def _layer_of(module: nn.Module) -> GeoScaleLayer:
@@ -166,8 +166,8 @@ def _refuse_changed(module: nn.Module, layer: GeoScaleLayer) -> None:
         )
 
 
-def _refuse_cached_documents(layer: GeoScaleLayer, options: dict[str, Any], cached: bool) -> None:
-    if cached and options.get("cu_seq_lens_q") is not None:
+def _refuse_cached_documents(layer: GeoScaleLayer, options: dict[str, Any]) -> None:
+    if options.get("cu_seq_lens_q") is not None:
         raise UnsupportedAttentionError(
             f"cu_seq_lens_q says nothing of the keys in a cache ({layer.name}): pass packed documents without past_key_values"
         )
@@ -219,8 +219,10 @@ def geoscale_attention_forward(
     scaling = layer.site.softmax_scale if scaling is None else scaling
     if traced:
         _refuse_changed(module, layer)
-    unknown = _unknown_to(layer, kwargs)
-    _refuse_cached_documents(layer, kwargs, rows != keys)
+    # a fused forward takes no keyword that is not known
+    unknown = _unknown_to(layer, kwargs) if rotary is None and packed is None else None
+    if rows != keys:
+        _refuse_cached_documents(layer, kwargs)
     scaled = scales_spans(layer, query, key, value)
     # Spans, and scales that look at activations, are those of rotated operands; a fused forward that somebody wrapped stays.
     if scaled or layer.config.scaling != "geometry":
@@ -278,8 +280,7 @@ def geoscale_attention_forward(
         return _delegate(layer, "uncertified cache", module, query, key, value, attention_mask, **sdpa)
     layer.calls += 1
     layer.front_end_calls += rotary is not None or packed is not None
-    out: Any = attend(
-        **_named(_for_softmax_scale(scales, layer, scaling)), dropout_p=dropout, statistics=layer.statistics
-    )
+    used = scales if scales.logit is None else _for_softmax_scale(scales, layer, scaling)
+    out: Any = attend(**_named(used), dropout_p=dropout, statistics=layer.statistics)
     layer.observe(scales)
     return out.transpose(1, 2).contiguous(), None

@@ -55,12 +55,12 @@ class AttentionSite:
         """The model's rotary embeddings, as they are now; those found at patching for a layer on its own."""
         if (model := self.home.target()) is None:
             return self.rotary_found
-        found = []
+        found: list[Any] = []
         for path in self.rotary_paths:
             module = model
             for name in path:
                 module = module._modules[name]
-            found.append(module)
+            found += (module,)
         return tuple(found)
 
     @property

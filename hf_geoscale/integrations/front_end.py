@@ -38,8 +38,13 @@ _warned: WeakKeyDictionary[RefreshGroup, set[str]] = WeakKeyDictionary()
 
 def _is_patched(attention: Any) -> bool:
     """Whether this module carries our state, and its own config says that our attention is to run."""
-    patched = isinstance(attention.__dict__.get("geoscale"), GeoScaleLayer)
-    return patched and getattr(getattr(attention, "config", None), "_attn_implementation", None) == NAME
+    own = attention.__dict__
+    if "geoscale" not in own or not isinstance(own["geoscale"], GeoScaleLayer) or "config" not in own:
+        return False
+    try:
+        return own["config"]._attn_implementation == NAME
+    except AttributeError:  # no config of transformers
+        return False
 
 
 def _is_only_filled(attention: Any, past: Any) -> bool:
@@ -51,10 +56,8 @@ def _is_only_filled(attention: Any, past: Any) -> bool:
 
 def _attend(attention: Any, operands: Iterable[Tensor], mask: Tensor | None, **options) -> Tensor:
     """O of q, k and v (B, L, H, D), as (B, L, Hq·D)."""
-    heads_first = (x.transpose(1, 2) for x in operands)
-    out, _ = ALL_ATTENTION_FUNCTIONS[NAME](
-        attention, *heads_first, mask, traced=torch.compiler.is_compiling(), **options
-    )
+    heads_first = [x.transpose(1, 2) for x in operands]
+    out, _ = ALL_ATTENTION_FUNCTIONS[NAME](attention, *heads_first, mask, **options)
     return out.flatten(2)
 
 
@@ -102,24 +105,31 @@ class FusedForward:
         return type(self), (self.attention,)
 
     def __call__(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        attention = self.attention
-        if len(args) > 1 or not (_is_patched(attention) and self.serves(kwargs) and self._is_recognised()):
+        attention, traced = self.attention, torch.compiler.is_compiling()
+        if args[1:] or not (_is_patched(attention) and self.serves(kwargs) and self._is_recognised(attention, traced)):
             notice_another(attention, kwargs.get("attention_mask"))
             return type(attention).forward(attention, *args, **kwargs)
         hidden_states = args[0] if args else kwargs.pop("hidden_states")
         past = cache_of(kwargs)
         for name in CACHE_NAMES:
-            kwargs.pop(name, None)
+            if name in kwargs:
+                kwargs.pop(name)
+        if traced:
+            kwargs["traced"] = True
         return self.fused(hidden_states, past, **kwargs), None
 
-    def _is_recognised(self) -> bool:
+    def _is_recognised(self, attention: Any, traced: bool) -> bool:
         """Whether upstream's code is still known; `layer.front_end` says what is not, and a warning, once a model.
 
         A compiler takes what was true of the last call. The attention function, which it leaves to Python, looks again.
         """
-        attention = self.attention
         layer = attention.geoscale
-        return layer.front_end == FUSED if torch.compiler.is_compiling() else look_again(attention, layer) is None
+        if traced:
+            return layer.front_end == FUSED
+        unknown = recognition.unknown_code(attention, layer.site.rotary, self.rotates)
+        if layer.front_end != (unknown or FUSED):
+            look_again(attention, layer)
+        return unknown is None
 
     @classmethod
     def unknown(cls, attention: Any, rotary: Sequence[Any]) -> str | None:
@@ -128,7 +138,7 @@ class FusedForward:
 
     def serves(self, call: dict[str, Any]) -> bool:
         """Whether the fused forward does what this call asks for."""
-        if [name for name in unknown_keywords(call) if name not in self.keywords]:
+        if unknown_keywords(call, self.keywords):
             return False
         past = cache_of(call)
         return past is None or _is_only_filled(self.attention, past)

@@ -47,22 +47,24 @@ NOT_HONOURED = {
 
 def cache_of(call: Mapping[str, Any]) -> Any:
     """The cache among a call's keywords, under any of `CACHE_NAMES`; None without one."""
-    for name in CACHE_NAMES:  # a loop, since torch 2.6 compiles no `next`
-        if call.get(name) is not None:
+    for name in CACHE_NAMES:  # asked in every call: no function is called
+        if name in call and call[name] is not None:
             return call[name]
     return None
 
 
-def unknown_keywords(call: Mapping[str, Any]) -> list[str]:
-    """Keywords with a value that are not ignorable. None is no value: transformers spells out what is absent.
+def unknown_keywords(call: Mapping[str, Any], known: frozenset[str] = frozenset()) -> list[str]:
+    """Keywords with a value that are neither ignorable nor known. None is no value: transformers spells out what is absent.
 
     False is none either for what `NOT_HONOURED` names, whose meaning is known; of an unknown flag it may be the unusual value.
     """
     found = []
-    for name, value in call.items():  # torch.compile traces this, and knows no difference of a dict's keys
-        if name not in IGNORABLE and value is not None and not (value is False and name in NOT_HONOURED):
+    for name in call:  # torch.compile traces this, and knows no difference of a dict's keys
+        value = call[name]
+        ignorable = name in IGNORABLE or name in known or value is None
+        if not ignorable and not (value is False and name in NOT_HONOURED):
             found.append(name)
-    return sorted(found)
+    return sorted(found) if found else found
 
 
 def parameters(function: Any) -> frozenset[str]:
@@ -84,7 +86,10 @@ def refuse_paged_cache(options: Mapping[str, Any], where: str) -> None:
 
     The class tells, not the keyword: transformers 5.24 passes every cache as `cache`.
     """
-    kind = type(cache_of(options))
+    cache = cache_of(options)
+    if cache is None:
+        return
+    kind = type(cache)
     if any(base.__name__.startswith("Paged") for base in kind.__mro__):
         raise UnsupportedAttentionError(
             f"FP8 attention cannot read a paged cache ({where} got a {kind.__name__}), and neither can SDPA. Generate without "

@@ -99,16 +99,20 @@ class _Verdict:
     """What is unknown of an attention class, in words, as long as the code that was looked at still runs."""
 
     unknown: str | None
-    functions: tuple[FunctionType, ...]
-    codes: tuple[CodeType, ...]
-    names: tuple[tuple[dict[str, Any], str, Any], ...]  # (globals, name, function it meant)
+    functions: tuple[tuple[FunctionType, CodeType], ...]
+    names: tuple[tuple[dict[str, Any], str, Any, Any], ...]  # (globals, name, what it meant, the function behind that)
 
     def holds(self) -> bool:
-        if (
-            tuple([function.__code__ for function in self.functions]) != self.codes
-        ):  # identity first: no code is compared
-            return False
-        return not [name for scope, name, meant in self.names if _unwrapped(scope.get(name)) is not meant]
+        """Asked in every call: it calls no function."""
+        for function, code in self.functions:
+            if function.__code__ is not code:
+                return False
+        for scope, name, meant, behind in self.names:
+            if name not in scope or scope[name] is not meant:
+                return False
+            if meant is not behind and _unwrapped(meant) is not behind:
+                return False
+        return True
 
 
 _VERDICTS: dict[tuple, _Verdict] = {}
@@ -148,10 +152,10 @@ def _verdict(kind: type, rotary: Sequence[Any], rotates: bool) -> _Verdict:
         if found is not None:
             scope = found.functions[-1].__globals__
             caller = _unwrapped(scope.get(name))
-            names.append((scope, name, caller))
+            names.append((scope, name, scope.get(name), caller))
             looked_at.append(caller)
     functions = [f for found in map(fingerprint, looked_at) if found is not None for f in found.functions]
-    return _Verdict(unknown, tuple(functions), tuple([f.__code__ for f in functions]), tuple(names))
+    return _Verdict(unknown, tuple([(f, f.__code__) for f in functions]), tuple(names))
 
 
 def _unknown_forward(kind: Any) -> str | None:

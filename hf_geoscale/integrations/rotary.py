@@ -38,11 +38,11 @@ def rotary_state(rotary: Iterable[Any]) -> tuple:
     found: list[object] = []
     for module in rotary:
         own = module.__dict__
-        found.append(type(module).forward)
+        found += (type(module).forward,)
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
             found.append(call_state(module))
         if "attention_scaling" in own:
-            found.append(own["attention_scaling"])
+            found += (own["attention_scaling"],)
         else:
             found += _scalings(module)
     return tuple(found)

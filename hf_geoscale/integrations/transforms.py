@@ -25,14 +25,18 @@ _modes = getattr(torch._C, "_len_torch_dispatch_stack", _perhaps)
 """torch's private functions. Without the first, transforms end in torch's own error; without the last, all calls are looked at."""
 
 
+_HAS_LEVEL = hasattr(forward_ad, "_current_level")
+
+
 def derives() -> bool:
     """Whether torch.func or forward-mode differentiation may be at work."""
-    return bool(_transforms_are_active() or getattr(forward_ad, "_current_level", 0) >= 0)
+    return bool(_transforms_are_active() or not _HAS_LEVEL or forward_ad._current_level >= 0)
 
 
 def may_be_transformed() -> bool:
     """A quick look before each call: False in every ordinary forward."""
-    return bool(derives() or _is_tracing() or _modes())
+    level = forward_ad._current_level if _HAS_LEVEL else 0
+    return bool(_transforms_are_active() or level >= 0 or _is_tracing() or _modes())
 
 
 def _transform(operands: tuple[Tensor, ...]) -> str | None:

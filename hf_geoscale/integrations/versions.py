@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from operator import is_
 from typing import Any
 from weakref import ref
 
@@ -26,13 +25,16 @@ class Identities:
     __slots__ = ("_references",)
 
     def __init__(self, objects: Iterable[Any]):
-        self._references = [*map(ref, objects)]
+        self._references = (*map(ref, objects), None)  # the end, which is no reference
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Identities):
+        if type(other) is not Identities:
             return NotImplemented
-        mine, others = self._references, other._references
-        return len(mine) == len(others) and all(map(is_, mine, others))
+        # in every forward: `all` would be a call for each
+        for mine, others in zip(self._references, other._references, strict=False):  # noqa: SIM110
+            if mine is not others:
+                return False
+        return True
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -81,7 +83,9 @@ def plain_versions(modules: Sequence[nn.Module]) -> tuple[bool, tuple] | None:
     A layer asks for it in every forward, so it is one loop; `module_versions` is what it stands for.
     """
     states: list[object] = []
-    writes, tensors, trained = [], [], False
+    writes: list[tuple] = []
+    tensors: list[Tensor] = []
+    trained = False
     for module in modules:
         state, drops, adapts = _kind(type(module))  # type: ignore[arg-type]
         if module._modules or drops or adapts or "_disable_adapters" in module.__dict__:
@@ -89,15 +93,15 @@ def plain_versions(modules: Sequence[nn.Module]) -> tuple[bool, tuple] | None:
         own = module.__dict__
         called = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
         calls = call_state(module) if called else ()
-        states.append((*state, type(module).forward, calls, *module._parameters))
+        states += ((*state, type(module).forward, calls, *module._parameters),)  # no call of append
         for parameter in module._parameters.values():
             if parameter is None:
                 continue
             if type(parameter) is not nn.Parameter or not MARKS.isdisjoint(parameter.__dict__):
                 return None
             trained = trained or parameter.requires_grad
-            tensors.append(parameter)
-            writes.append((parameter.data_ptr(), object() if parameter.is_inference() else parameter._version))
+            tensors += (parameter,)
+            writes += ((parameter.data_ptr(), object() if parameter.is_inference() else parameter._version),)
     return trained, (*states, *writes, Identities(tensors), None)
 
 
