@@ -14,6 +14,7 @@ from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from hf_geoscale import geometry_report, patch_model, refresh_scales, unpatch_model
 from hf_geoscale.integrations import geoscale_layers, patched_layers
+from hf_geoscale.integrations.host_values import HostValues
 
 from ..conftest import SHAPE, tiny_model, tokens
 
@@ -191,6 +192,19 @@ class TestWholeCopies:
         assert not any(module._forward_pre_hooks for module in other.modules())
 
 
+@pytest.mark.parametrize("pending", [False, True])
+@pytest.mark.usefixtures("without_collector")
+def test_a_check_that_is_put_off_keeps_no_layer_alive(pending, monkeypatch):
+    """As on a GPU, where numbers need waiting for."""
+    monkeypatch.setattr(HostValues, "here", not pending)
+    model = patch_model(tiny_model("llama"))
+    refresh_scales(model)
+    assert geoscale_layers(model)[0].group.pending == pending
+    alive = [weakref.ref(layer) for layer in geoscale_layers(model)]
+    del model
+    assert not [reference() for reference in alive if reference() is not None]
+
+
 class TestCopiedLayersInAModel:
     """A copy of a patched layer runs in FP8 wherever it is put, and as SDPA after unpatching."""
 
@@ -221,6 +235,33 @@ class TestCopiedLayersInAModel:
         refresh_scales(model)
         assert all(layer.site.model is model for layer in geoscale_layers(model))
         assert len(geoscale_layers(model)[2].site.stream.norms) == 4
+
+    @pytest.mark.parametrize("change", ["removed", "put in", "replaced", "swapped"])
+    def test_blocks_before_a_layer_without_norm_are_followed(self, change):
+        """Their norms bound its tokens; nothing of it is written to a weight."""
+        model, other, ids = patch_model(olmo2()), olmo2(), tokens(2, 16)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1.7)
+            model(ids)
+        layers, extra = list(model.model.layers), other.model.layers[0]
+        changed = {
+            "removed": layers[1:],
+            "put in": [extra, *layers],
+            "replaced": [extra, layers[1]],
+            "swapped": layers[::-1],
+        }
+        model.model.layers = nn.ModuleList(changed[change])
+        del layers
+        model.config.num_hidden_layers = len(model.model.layers)
+        model.config.layer_types = ["full_attention"] * len(model.model.layers)
+        with torch.no_grad():
+            model(ids, use_cache=False)
+        expected = {}
+        for layer in geoscale_layers(patch_model(unpatch_model(copy.deepcopy(model)))):
+            expected[layer.site.layer] = layer.geometry.v_bound
+        for layer in geoscale_layers(model):
+            assert torch.equal(layer.geometry.v_bound, expected[layer.site.layer])
 
     def test_alone(self):
         """A draft layer outside any model: its block holds all that bounds its tokens."""

@@ -1,0 +1,69 @@
+"""Where patched layers are in their model: found again after layers were copied, unpickled, put in, taken out or moved."""
+
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import nn
+
+from .families import attention_sites
+from .layer import GeoScaleLayer
+from .patched import geoscale_layers, patched_modules
+from .refresh import RefreshGroup
+from .upward import anchored
+
+
+def anchor(layer: GeoScaleLayer) -> None:
+    """Let copies of the modules around a layer be found by the copies of its references to them."""
+    site = layer.site
+    anchored(site.attention, site.own)
+    anchored(site.block, site.upward)
+    anchored(site.model, site.home)
+    if site.stream is not None:
+        for block, _ in site.stream.norms:
+            anchored(block.target(), block)
+
+
+def settle_in(model: nn.Module) -> None:
+    """Tell every patched layer of a model where it is now; their next forward measures all of them.
+
+    Raises:
+        UnsupportedModelError: see `attention_sites`.
+    """
+    states = {module: layer for module, layer in patched_modules(model) if isinstance(layer, GeoScaleLayer)}
+    layers = []
+    for site in attention_sites(model):
+        if (layer := states.get(site.attention)) is not None:
+            layer.move(site)
+            anchor(layer)
+            layers.append(layer)
+    groups = [layer.group for layer in layers if layer.at_home]
+    (groups[0] if groups else RefreshGroup()).join(layers)
+    for layer in layers:
+        layer.at_home = True
+
+
+_blocks: WeakKeyDictionary[nn.Module, list[ref[nn.Module]]] = WeakKeyDictionary()
+"""Of a post-norm decoder: its blocks when its layers were last told where they are."""
+
+
+def note_blocks(base: nn.Module) -> None:
+    """Take the blocks of a decoder as those that its layers know."""
+    _blocks[base] = [ref(block) for block in _blocks_of(base)]
+
+
+def _blocks_of(base: nn.Module) -> list[nn.Module]:
+    return [block for child in base.children() if isinstance(child, nn.ModuleList) for block in child.children()]
+
+
+@torch.compiler.disable
+def follow_blocks(base: nn.Module, *_) -> None:
+    """Forward pre-hook of a post-norm decoder: the norms of all blocks before a layer bound its tokens.
+
+    A block that was put in, taken out or moved since the layers were measured changes that bound.
+    """
+    known, blocks = _blocks.get(base), _blocks_of(base)
+    if known is not None and [reference() for reference in known] == blocks:
+        return
+    model = next((layer.site.model for layer in geoscale_layers(base) if layer.site.model is not None), base)
+    settle_in(model)
+    note_blocks(base)
