@@ -12,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
-from hf_geoscale import geometry_report, patch_model, refresh_scales, unpatch_model
+from hf_geoscale import QKClip, geometry_report, patch_model, refresh_scales, unpatch_model
 from hf_geoscale.integrations import geoscale_layers, patched_layers
 from hf_geoscale.integrations.host_values import HostValues
 
@@ -79,6 +79,17 @@ class TestDeleting:
         patch_model(model, fallback="sdpa")(tokens(1, 8))
         alive = weakref.ref(model)
         del model
+        assert alive() is None
+
+    def test_under_an_observer_of_logits(self):
+        model = tiny_model("llama").train()
+        clip = QKClip(model)
+        model(tokens(1, 8))
+        block = copy.deepcopy(model.model.layers[0])
+        assert len(saved(block)) < len(saved(tiny_model("llama").model.layers[0])) + STATE_BYTES
+        assert block.self_attn.logit_observer is None
+        alive = weakref.ref(model)
+        del model, clip
         assert alive() is None
 
     def test_a_variable_deleted_in_the_caller_after_the_first_forward(self):
