@@ -42,6 +42,22 @@ def settle_in(model: nn.Module) -> None:
         layer.at_home = True
 
 
+def settle_strangers(model: nn.Module) -> None:
+    """`settle_in`, if any patched layer of this model was copied without a model, or believes to be in another one."""
+    homeless = any(layer.site.model is None for layer in geoscale_layers(model))
+    if homeless or not all(_holds(home, model) for home in _homes(model)):
+        settle_in(model)
+
+
+def _homes(model: nn.Module) -> list[nn.Module]:
+    """The models that the patched layers in this one believe to be in, each once."""
+    return [*dict.fromkeys(layer.site.model for layer in geoscale_layers(model) if layer.site.model is not None)]
+
+
+def _holds(home: nn.Module, model: nn.Module) -> bool:
+    return any(module is model for module in home.modules())
+
+
 _blocks: WeakKeyDictionary[nn.Module, list[ref[nn.Module]]] = WeakKeyDictionary()
 """Of a post-norm decoder: its blocks when its layers were last told where they are."""
 
@@ -64,6 +80,5 @@ def follow_blocks(base: nn.Module, *_) -> None:
     known, blocks = _blocks.get(base), _blocks_of(base)
     if known is not None and [reference() for reference in known] == blocks:
         return
-    model = next((layer.site.model for layer in geoscale_layers(base) if layer.site.model is not None), base)
-    settle_in(model)
+    settle_in(next((home for home in _homes(base) if _holds(home, base)), base))
     note_blocks(base)

@@ -14,7 +14,7 @@ from .patched import (
     torch_module,
     warn_of_left_out,
 )
-from .places import settle_in
+from .places import settle_strangers
 
 
 def refresh_scales(model: nn.Module, wait: bool = False) -> None:
@@ -39,8 +39,7 @@ def refresh_scales(model: nn.Module, wait: bool = False) -> None:
     if layers and layers[0].group.refresh_steadily(layers, wait):
         return
     for inner in outermost_models(model):
-        if any(not layer.at_home and not layer.site.is_whole for layer in geoscale_layers(inner)):
-            settle_in(inner)
+        settle_strangers(inner)
     warn_of_left_out(patched, left_out(model))
     measurable = [layer.measurable for layer in layers]
     readable = list(compress(layers, measurable))

@@ -247,10 +247,20 @@ class TestCopiedLayersInAModel:
         assert all(layer.site.model is model for layer in geoscale_layers(model))
         assert len(geoscale_layers(model)[2].site.stream.norms) == 4
 
+    def test_of_another_patched_model_are_settled_by_a_refresh(self):
+        """Their rotary embedding is another one now, and so is the factor in their certificates."""
+        model, other = patch_model(tiny_model("llama")), patch_model(tiny_model("llama-bias-yarn"))
+        moved = other.model.layers[0]
+        model.model.layers[0] = moved
+        refresh_scales(model)
+        assert moved.self_attn.geoscale.site.model is model
+        expected = geoscale_layers(patch_model(unpatch_model(copy.deepcopy(model))))[0].geometry
+        assert torch.equal(moved.self_attn.geoscale.geometry.q_bound, expected.q_bound)
+
     @pytest.mark.parametrize("change", ["removed", "put in", "replaced", "swapped"])
     def test_blocks_before_a_layer_without_norm_are_followed(self, change):
         """Their norms bound its tokens; nothing of it is written to a weight."""
-        model, other, ids = patch_model(olmo2()), olmo2(), tokens(2, 16)
+        model, other, ids = patch_model(olmo2()), patch_model(olmo2()), tokens(2, 16)
         with torch.no_grad():
             for parameter in other.parameters():
                 parameter.mul_(1.7)
