@@ -123,8 +123,7 @@ def _layer_of(module: nn.Module) -> GeoScaleLayer:
     if not isinstance(layer, GeoScaleLayer):
         raise UnsupportedModelError(
             f'{type(module).__name__} runs with attn_implementation="geoscale" but was never patched: '
-            "call hf_geoscale.patch_model(model) instead of setting the name. (A library may have copied the name to a model it "
-            "built, as TRL's DPOTrainer does: GeoScaleCallback().attach(trainer) patches its reference model too)"
+            "call hf_geoscale.patch_model(model)"
         )
     return layer
 

@@ -24,8 +24,8 @@ from .layer import GeoScaleLayer, PatchedLayer
 from .masks import geoscale_mask
 from .patched import PATCHED, patched_layers, patched_modules
 from .patching import patch_model
+from .places import settle_in
 from .running import running_models, runs_compiled
-from .scales import settle_in
 from .sharding import fsdp_units, is_partitioned, is_shard, refuse_replicas
 from .transforms import may_be_transformed, outside_graphs, refuse_transforms
 

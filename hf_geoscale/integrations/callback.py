@@ -3,13 +3,13 @@
 import logging
 import math
 import time
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import GeoScaleConfig
+from ..config import GeoScaleConfig, resolve_config
 from ..errors import UnsupportedModelError
 from .layer import GeoScaleLayer
 from .metrics import cause_of_overflows, evaluation_metrics, training_metrics
@@ -96,7 +96,7 @@ class GeoScaleCallback(ReportingCallback):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         default = GeoScaleConfig(headroom=SCHEDULED_HEADROOM if every_n_steps > 1 else 1.0)
-        self.config = replace(config or default, **overrides)
+        self.config = resolve_config(default if config is None else config, overrides, "GeoScaleCallback")
         given = [field.name for field in fields(GeoScaleConfig)] if config is not None else overrides
         self.asked = {name: getattr(self.config, name) for name in given}  # what a patched model is compared with
         self.layers: list[GeoScaleLayer] = []  # of the model in training

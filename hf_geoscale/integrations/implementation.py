@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from ..errors import UnsupportedAttentionError, UnsupportedModelError
 from ..registration import NAME
 
 logger = logging.getLogger(__name__)
+
+_warned: WeakSet[Any] = WeakSet()
+"""Groups of layers, one a model, of which a warning said that one runs another implementation."""
 
 REPLACED = "geoscale_replaced"
 """Attribute of every module whose config was given the name: the implementation that it had before."""
@@ -133,11 +137,11 @@ def _notice(attention: Any, name: str | None, mask: Any) -> None:
             "made for FP8 attention. Call hf_geoscale.patch_model(model) again, or hf_geoscale.unpatch_model(model)"
         )
     layer.delegated[f"attn_implementation={name!r}"] += 1
-    if not layer.warned:
-        layer.warned = True
+    if layer.group not in _warned:
+        _warned.add(layer.group)
         logger.warning(
-            "geoscale: %s is patched, but its config says attn_implementation=%r: it does not run in FP8. Call patch_model(model) "
-            "again, or unpatch_model(model)",
+            "geoscale: %s is patched, but its config says attn_implementation=%r: it does not run in FP8 (geometry_report has all "
+            "such layers). Call patch_model(model) again, or unpatch_model(model)",
             layer.name,
             name,
         )

@@ -64,7 +64,6 @@ class PatchedLayer:
         self.front_end = "interface"  # "fused", or why not
         self.delegated: Counter[str] = Counter()  # run by SDPA, by reason
         self.hooks: list[RemovableHandle] = []  # of the attention module
-        self.warned = False  # that the attention runs another implementation
         self.warned_of_others = False  # that attention modules beside it are not patched
         self.at_home = True  # False in a copy, until somebody has looked what is around it
 

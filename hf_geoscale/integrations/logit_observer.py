@@ -3,6 +3,7 @@
 import sys
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class LogitObserver:
     """
 
     def __init__(self, model: Any, modules: list[nn.Module]):
-        self.model, self.modules = model, modules
+        self._model, self._modules = ref(model), [ref(module) for module in modules]  # which hold this
         self.original = model.config._attn_implementation
         if self.original not in OBSERVABLE:
             raise ValueError(
@@ -74,9 +75,16 @@ class LogitObserver:
 
     def remove(self) -> None:
         """Give the model its own attention implementation back."""
-        for module in self.modules:
+        for module in self._living():
             module.__dict__.pop("logit_observer", None)
-        self.model.set_attn_implementation(self.original)
+        if (model := self._model()) is not None:
+            model.set_attn_implementation(self.original)
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # a copied or pickled model is not observed
+
+    def _living(self) -> list[nn.Module]:
+        return [module for reference in self._modules if (module := reference()) is not None]
 
     def add(self, module: nn.Module, amax: Tensor) -> None:
         old = self.amax.get(id(module))
@@ -85,9 +93,9 @@ class LogitObserver:
     def drain(self) -> list[Tensor] | None:
         """Largest logits of each module since the last call; None unless every module ran."""
         found, self.amax = self.amax, {}
-        if len(found) < len(self.modules):
+        if len(found) < len(self._modules):
             return None
-        return [found[id(module)] for module in self.modules]
+        return [found[id(module)] for module in self._living()]
 
 
 def _observe(original: str, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask, **call: Any):

@@ -19,6 +19,7 @@ from .families import AttentionSite, attention_sites
 from .implementation import restore, switch, watch
 from .layer import GeoScaleLayer, PatchedLayer, model_alpha_min
 from .patched import PATCHED, patched_layers, patched_modules, torch_module, transformers_model
+from .places import anchor, follow_blocks, note_blocks
 from .refresh import Measurement, RefreshGroup
 from .residual import refuse_embeddings
 from .sharding import enclosing_modules, refuse_parallelism, refuse_replicas
@@ -194,11 +195,9 @@ def _install(model: PreTrainedModel, layers: list[GeoScaleLayer]) -> None:
     """Give every attention module its state and forward, and the modules around it what copies find them by."""
     PATCHED.add(model)
     RefreshGroup().join(layers)
-    anchored(model, layers[0].site.home)
     for layer in layers:
         attention = layer.site.attention
-        anchored(attention, layer.site.own)
-        anchored(layer.site.block, layer.site.upward)
+        anchor(layer)
         _attach(attention, layer)
         attention._replicate_for_data_parallel = refuse_replicas
         if "deepspeed" in sys.modules and not layer.hooks:  # it may partition the model later
@@ -209,7 +208,11 @@ def _install(model: PreTrainedModel, layers: list[GeoScaleLayer]) -> None:
             layer.hooks.append(watch(layer.site.attention))
     if layers[0].site.stream is not None:
         base = model.base_model
-        anchored(base).hooks.append(base.register_forward_pre_hook(refuse_embeddings, with_kwargs=True))
+        note_blocks(base)
+        anchored(base).hooks += [
+            base.register_forward_pre_hook(follow_blocks),
+            base.register_forward_pre_hook(refuse_embeddings, with_kwargs=True),
+        ]
 
 
 def unpatch_model(model: Model) -> Model:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -65,7 +65,8 @@ class Measurement:
     """
 
     def __init__(self, layers: Sequence["GeoScaleLayer"], found: tuple[SteadyLayers, list[tuple]] | None = None):
-        self.layers = list(layers)
+        self._held = list(layers)  # until it is installed: a check that is put off keeps no layer alive
+        self._references = [ref(layer) for layer in layers]
         self.versions: list[tuple] = []
         self.geometries: list[LayerGeometry] = []
         self.installed = False
@@ -78,6 +79,11 @@ class Measurement:
                 self.steady, self.versions = found
                 self.geometries = self.steady.measure(self.layers)
             self._values = HostValues(self._summary())
+
+    @property
+    def layers(self) -> list["GeoScaleLayer"]:
+        """The layers that still live."""
+        return [layer for reference in self._references if (layer := reference()) is not None]
 
     def _read(self) -> None:
         """Read all layers and measure them, as many together as their weights allow."""
@@ -132,6 +138,7 @@ class Measurement:
         with _exact_arithmetic():
             refresh_together([layer.scaling for layer in self.layers], self.geometries)
         self.installed = True
+        self._held.clear()
 
     @property
     def arrived(self) -> bool:
@@ -144,7 +151,9 @@ class Measurement:
             return
         if self.installed:
             self._undo()
-        for layer, geometry in zip(self.layers, self.geometries, strict=True):
+        for reference, geometry in zip(self._references, self.geometries, strict=True):
+            if (layer := reference()) is None:
+                continue
             for name in ("q", "k", "v"):
                 if not bool(torch.isfinite(getattr(geometry, f"{name}_bound")).all()):
                     raise NonFiniteWeightsError(
@@ -153,8 +162,8 @@ class Measurement:
                     )
 
     def _undo(self) -> None:
-        for layer, (geometry, version) in zip(self.layers, self._before, strict=True):
-            if geometry is not None:
+        for reference, (geometry, version) in zip(self._references, self._before, strict=True):
+            if (layer := reference()) is not None and geometry is not None:
                 layer.geometry, layer.weights_version = geometry, version
                 layer.scaling.refresh(geometry)
 

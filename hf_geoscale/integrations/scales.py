@@ -1,45 +1,20 @@
-"""The scales of a patched model from outside: refresh them, save and restore their history, tell copied layers where they are."""
+"""The scales of a patched model from outside: refresh them, save and restore their history."""
 
 from itertools import compress
 
 from torch import nn
 
 from ..scaling import DelayedScaling
-from .families import attention_sites
 from .layer import GeoScaleLayer
 from .patched import (
     geoscale_layers,
     left_out,
     outermost_models,
     patched_layers,
-    patched_modules,
     torch_module,
     warn_of_left_out,
 )
-from .refresh import RefreshGroup
-from .upward import anchored
-
-
-def settle_in(model: nn.Module) -> None:
-    """Tell every patched layer of a model where it is now, after layers were copied, unpickled or put elsewhere.
-
-    Raises:
-        UnsupportedModelError: see `attention_sites`.
-    """
-    states = {module: layer for module, layer in patched_modules(model) if isinstance(layer, GeoScaleLayer)}
-    layers = []
-    for site in attention_sites(model):
-        layer = states.get(site.attention)
-        if layer is not None:
-            layer.move(site)
-            layers.append(layer)
-            anchored(site.attention, site.own)
-            anchored(site.block, site.upward)
-            anchored(model, site.home)
-    groups = [layer.group for layer in layers if layer.at_home]
-    (groups[0] if groups else RefreshGroup()).join(layers)
-    for layer in layers:
-        layer.at_home = True
+from .places import settle_strangers
 
 
 def refresh_scales(model: nn.Module, wait: bool = False) -> None:
@@ -64,8 +39,7 @@ def refresh_scales(model: nn.Module, wait: bool = False) -> None:
     if layers and layers[0].group.refresh_steadily(layers, wait):
         return
     for inner in outermost_models(model):
-        if any(not layer.at_home and not layer.site.is_whole for layer in geoscale_layers(inner)):
-            settle_in(inner)
+        settle_strangers(inner)
     warn_of_left_out(patched, left_out(model))
     measurable = [layer.measurable for layer in layers]
     readable = list(compress(layers, measurable))

@@ -210,6 +210,16 @@ class TestSwitchedLater:
         assert rows[0]["fallback_reasons"] == {"attn_implementation='sdpa'": 2}
         assert rows[0]["front_end"] == "its config says attn_implementation='sdpa'"
 
+    def test_of_a_whole_model_one_warning(self, build, caplog):
+        model = patch_model(build())
+        model.set_attn_implementation("sdpa")
+        with caplog.at_level(logging.WARNING), torch.no_grad():
+            model(tokens(1, 16)), model(tokens(1, 16))
+        assert caplog.text.count("its config says attn_implementation='sdpa'") == 1
+        assert [row["fallback_calls"] for row in geometry_report(model).rows] == [2, 2]
+        assert "geoscale: not in FP8" in str(model)
+        assert "geoscale: E4M3" not in str(model)
+
     def test_a_mask_it_cannot_read_is_refused(self, build):
         with pytest.raises(UnsupportedAttentionError, match=r"layer 0 is patched.*'sdpa'.*patch_model\(model\) again"):
             self.switched(build)(**call_of("left"))

@@ -12,8 +12,9 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
-from hf_geoscale import geometry_report, patch_model, refresh_scales, unpatch_model
+from hf_geoscale import QKClip, geometry_report, patch_model, refresh_scales, unpatch_model
 from hf_geoscale.integrations import geoscale_layers, patched_layers
+from hf_geoscale.integrations.host_values import HostValues
 
 from ..conftest import SHAPE, tiny_model, tokens
 
@@ -78,6 +79,17 @@ class TestDeleting:
         patch_model(model, fallback="sdpa")(tokens(1, 8))
         alive = weakref.ref(model)
         del model
+        assert alive() is None
+
+    def test_under_an_observer_of_logits(self):
+        model = tiny_model("llama").train()
+        clip = QKClip(model)
+        model(tokens(1, 8))
+        block = copy.deepcopy(model.model.layers[0])
+        assert len(saved(block)) < len(saved(tiny_model("llama").model.layers[0])) + STATE_BYTES
+        assert block.self_attn.logit_observer is None
+        alive = weakref.ref(model)
+        del model, clip
         assert alive() is None
 
     def test_a_variable_deleted_in_the_caller_after_the_first_forward(self):
@@ -191,6 +203,19 @@ class TestWholeCopies:
         assert not any(module._forward_pre_hooks for module in other.modules())
 
 
+@pytest.mark.parametrize("pending", [False, True])
+@pytest.mark.usefixtures("without_collector")
+def test_a_check_that_is_put_off_keeps_no_layer_alive(pending, monkeypatch):
+    """As on a GPU, where numbers need waiting for."""
+    monkeypatch.setattr(HostValues, "here", not pending)
+    model = patch_model(tiny_model("llama"))
+    refresh_scales(model)
+    assert geoscale_layers(model)[0].group.pending == pending
+    alive = [weakref.ref(layer) for layer in geoscale_layers(model)]
+    del model
+    assert not [reference() for reference in alive if reference() is not None]
+
+
 class TestCopiedLayersInAModel:
     """A copy of a patched layer runs in FP8 wherever it is put, and as SDPA after unpatching."""
 
@@ -221,6 +246,43 @@ class TestCopiedLayersInAModel:
         refresh_scales(model)
         assert all(layer.site.model is model for layer in geoscale_layers(model))
         assert len(geoscale_layers(model)[2].site.stream.norms) == 4
+
+    def test_of_another_patched_model_are_settled_by_a_refresh(self):
+        """Their rotary embedding is another one now, and so is the factor in their certificates."""
+        model, other = patch_model(tiny_model("llama")), patch_model(tiny_model("llama-bias-yarn"))
+        moved = other.model.layers[0]
+        model.model.layers[0] = moved
+        refresh_scales(model)
+        assert moved.self_attn.geoscale.site.model is model
+        expected = geoscale_layers(patch_model(unpatch_model(copy.deepcopy(model))))[0].geometry
+        assert torch.equal(moved.self_attn.geoscale.geometry.q_bound, expected.q_bound)
+
+    @pytest.mark.parametrize("change", ["removed", "put in", "replaced", "swapped"])
+    def test_blocks_before_a_layer_without_norm_are_followed(self, change):
+        """Their norms bound its tokens; nothing of it is written to a weight."""
+        model, other, ids = patch_model(olmo2()), patch_model(olmo2()), tokens(2, 16)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1.7)
+            model(ids)
+        layers, extra = list(model.model.layers), other.model.layers[0]
+        changed = {
+            "removed": layers[1:],
+            "put in": [extra, *layers],
+            "replaced": [extra, layers[1]],
+            "swapped": layers[::-1],
+        }
+        model.model.layers = nn.ModuleList(changed[change])
+        del layers
+        model.config.num_hidden_layers = len(model.model.layers)
+        model.config.layer_types = ["full_attention"] * len(model.model.layers)
+        with torch.no_grad():
+            model(ids, use_cache=False)
+        expected = {}
+        for layer in geoscale_layers(patch_model(unpatch_model(copy.deepcopy(model)))):
+            expected[layer.site.layer] = layer.geometry.v_bound
+        for layer in geoscale_layers(model):
+            assert torch.equal(layer.geometry.v_bound, expected[layer.site.layer])
 
     def test_alone(self):
         """A draft layer outside any model: its block holds all that bounds its tokens."""

@@ -132,8 +132,8 @@ class TestDPO:
     @pytest.mark.parametrize("precision", ["standard", "high"])
     def test_a_reference_with_the_name_alone(self, tiny_folder, tokenizer, tmp_path, precision, caplog):  # noqa: F811
         """TRL copies the name to the reference that it builds; its first forward patches it, with the default configuration."""
-        callback = GeoScaleCallback(config=GeoScaleConfig(precision=precision))
-        run = self.trainer(self.model(tiny_folder), tokenizer, tmp_path, callbacks=[callback])
+        model = patch_model(self.model(tiny_folder), precision=precision)
+        run = self.trainer(model, tokenizer, tmp_path)
         assert patched_layers(run.accelerator.unwrap_model(run.ref_model)) == []
         with caplog.at_level(logging.WARNING):
             run.train()
