@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "persimmon-plain": ("persimmon", {"qk_layernorm": False}),
     "phi-qk-norm": ("phi", {"qk_layernorm": True}),
     "qwen3_moe-bias": ("qwen3_moe", {"attention_bias": True}),
+    "sarvam_moe-qk-norm": ("sarvam_moe", {"use_qk_norm": True}),
     "smollm3-nope": ("smollm3", {"no_rope_layers": [1, 0]}),
     "stablelm-bias": ("stablelm", {"use_qkv_bias": True}),
     "stablelm-qk-norm": ("stablelm", {"qk_layernorm": True}),
