@@ -99,6 +99,7 @@ class GeoScaleCallback(ReportingCallback):
         self.config = resolve_config(default if config is None else config, overrides, "GeoScaleCallback")
         given = [field.name for field in fields(GeoScaleConfig)] if config is not None else overrides
         self.asked = {name: getattr(self.config, name) for name in given}  # what a patched model is compared with
+        self.begun = False  # a run
         self.layers: list[GeoScaleLayer] = []  # of the model in training
         self.steps = 0  # since the last refresh
         self.drift = 0.0  # bound of any weight's movement since then
@@ -204,7 +205,9 @@ class GeoScaleCallback(ReportingCallback):
         if model is not None:
             self._patch(model)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def _begin(self, model: nn.Module) -> None:
+        """Start over with the model of a run."""
+        self.begun = True
         trainer = self.come_first()
         self._patch_late(model, trainer)
         if trainer is not None:
@@ -215,6 +218,13 @@ class GeoScaleCallback(ReportingCallback):
         for layer in self.layers:  # what came before training is no part of its logs
             layer.drain_utilisation(training=True)
             layer.drain_utilisation(training=False)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._begin(model)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if not self.begun:  # added in the middle of training
+            self._begin(model)
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.steps += 1
@@ -292,4 +302,4 @@ class GeoScaleCallback(ReportingCallback):
         self._refresh(model)
         if self.layers:
             self.layers[0].group.settle(self.layers)  # no later refresh will look for NaN
-        self.layers = []
+        self.layers, self.begun = [], False
