@@ -13,7 +13,7 @@ from ..config import GeoScaleConfig, resolve_config
 from ..errors import UnsupportedModelError
 from .layer import GeoScaleLayer
 from .metrics import cause_of_overflows, evaluation_metrics, training_metrics
-from .patched import geoscale_layers, patched_layers
+from .patched import geoscale_layers, outermost_models, patched_layers
 from .patching import patch_model
 from .reporting import ReportingCallback, evaluation_prefix
 from .scales import refresh_scales
@@ -163,7 +163,8 @@ class GeoScaleCallback(ReportingCallback):
     def _patch_reference(self, trainer: Any) -> None:
         reference = getattr(trainer, "ref_model", None)
         if reference is not None:
-            patch_model(trainer.accelerator.unwrap_model(reference), patched_layers(trainer.model)[0].config)
+            for inner in outermost_models(reference):  # accelerate's unwrap_model keeps torch.compile's wrapper in some releases
+                patch_model(inner, patched_layers(trainer.model)[0].config)
 
     def _patch_late(self, model: nn.Module, trainer: Any) -> None:
         """Patch when training begins: a model of `model_init`, or of a trainer that was made without this callback.

@@ -1,9 +1,11 @@
 """The attention layers of a model, and the weights that make their q, k and v."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -171,6 +173,17 @@ def _describe(site: AttentionSite, name: str) -> str:
     return f"layer {site.layer} of the {site.family} model: {name}"
 
 
+def _bypasses_interface(kind: type) -> bool:
+    """Whether a class of transformers calls torch's attention by itself, as those of some families did up to release 4."""
+    forward: Any = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    return (
+        getattr(forward, "__module__", "").startswith("transformers.")
+        and "ALL_ATTENTION_FUNCTIONS" not in names
+        and ("super" not in names or "scaled_dot_product_attention" in names)
+    )
+
+
 def attention_sites(model: Any) -> Iterator[AttentionSite]:
     """Every attention layer of a supported model, in order.
 
@@ -213,6 +226,11 @@ def attention_sites(model: Any) -> Iterator[AttentionSite]:
             raise UnsupportedModelError(
                 f"{_describe(site, family.attention)} must be a {family.attention_class}, got {classes[0]}: "
                 "custom attention code may not call the attention interface"
+            )
+        if _bypasses_interface(type(site.attention)):
+            raise UnsupportedModelError(
+                f"{_describe(site, family.attention)} is a {classes[0]}, which in transformers {transformers.__version__} calls "
+                "torch's attention itself and never the attention interface. Upgrade transformers, or leave the model unpatched"
             )
         try:
             check_head_dim(site.head_dim)

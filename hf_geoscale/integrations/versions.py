@@ -139,7 +139,7 @@ def _state(module: Any) -> tuple:
         state += (
             module._disable_adapters,
             names if isinstance(names, str) else tuple(names),
-            tuple(module.merged_adapters),
+            tuple(getattr(module, "merged_adapters", ())),  # which wrappers of PEFT 0.17 lack
             tuple(scaling.items()) if isinstance(scaling, dict) else scaling,
             module.training,
             len(module._forward_pre_hooks),

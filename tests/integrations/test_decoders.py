@@ -86,7 +86,8 @@ class TestCertificates:
     def test_no_query_key_or_value_is_longer_than_its_certificate(self, case, seen):
         """Brute force in float64 over random tokens and over tokens aimed at layer 0, as they enter the attention."""
         model = build(case).double()
-        model.set_experts_implementation("eager")  # torch's grouped product has no float64
+        if hasattr(model, "set_experts_implementation"):  # torch's grouped product has no float64
+            model.set_experts_implementation("eager")
         sites = list(attention_sites(model))
         bounds = {id(s.attention): [operand_bound(p) for p in s.projections()] for s in sites}
         model.set_attn_implementation("spy")

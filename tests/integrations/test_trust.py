@@ -15,7 +15,7 @@ from hf_geoscale.integrations import geoscale_layers
 from hf_geoscale.integrations.calls import returns_nothing
 from hf_geoscale.integrations.norms import gain_and_shift
 
-from ..conftest import tiny_model, tokens
+from ..conftest import here, tiny_model, tokens
 from ..tolerances import OUTPUT_ERROR
 from .compare import relative
 
@@ -167,7 +167,7 @@ class TestForwards:
         model, ids = tiny_model("llama"), tokens(1, 16)
         plain = model(ids).logits
         for module in (model.model.layers[0].input_layernorm, model.model.layers[0].self_attn.q_proj):
-            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+            add_hook_to_module(module, AlignDevicesHook(execution_device=here()))
         assert relative(patch_model(model)(ids).logits, plain) < OUTPUT_ERROR
 
     def test_a_hook_of_accelerates_kind_that_is_not_its_own_is_refused(self):
