@@ -163,7 +163,9 @@ class GeoScaleCallback(ReportingCallback):
     def _patch_reference(self, trainer: Any) -> None:
         reference = getattr(trainer, "ref_model", None)
         if reference is not None:
-            for inner in outermost_models(reference):  # accelerate's unwrap_model keeps torch.compile's wrapper in some releases
+            for inner in outermost_models(
+                reference
+            ):  # accelerate's unwrap_model keeps torch.compile's wrapper in some releases
                 patch_model(inner, patched_layers(trainer.model)[0].config)
 
     def _patch_late(self, model: nn.Module, trainer: Any) -> None:

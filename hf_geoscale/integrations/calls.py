@@ -9,8 +9,9 @@ returns nothing but writes into its arguments.
 
 import dis
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from threading import local
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -44,12 +45,22 @@ def origin_of(function: Any) -> str:
 
 
 def call_state(module: nn.Module) -> tuple:
-    """Changes when a hook or a forward of this module's own is put on or taken off; () where there are none."""
+    """Changes when a forward of this module's own, or a hook that may change values, is put on or taken off; () without any.
+
+    Hooks of libraries that only gather, place or observe come and go; each would have the weights measured again.
+    """
     own = module.__dict__
-    hooks, pre_hooks = own["_forward_hooks"], own["_forward_pre_hooks"]
-    if not hooks and not pre_hooks and "forward" not in own:
+    hooks, before = own["_forward_hooks"], own["_forward_pre_hooks"]
+    if not hooks and not before and "forward" not in own:
         return ()
-    return (*hooks, None, *pre_hooks, id(own.get("forward")))
+    found = (*_others(hooks), None, *_others(before), id(own["forward"]) if "forward" in own else None)
+    return () if found == (None, None) else found
+
+
+def hooks_before(module: nn.Module) -> tuple[int, ...]:
+    """Numbers of the hooks before a module's forward that may change values; no two hooks ever have one number."""
+    hooks = module.__dict__["_forward_pre_hooks"]
+    return tuple(_others(hooks)) if hooks else ()
 
 
 def check_forward(module: nn.Module, where: str) -> None:
@@ -82,8 +93,11 @@ def _is_accelerates(module: nn.Module, forward: Any) -> bool:
 def returns_nothing(function: Any) -> bool:
     """Whether a function's code returns None on every path."""
     code = getattr(getattr(function, "__func__", function), "__code__", None)
-    if code is None:
-        return False
+    return code is not None and _code_returns_nothing(code)
+
+
+@lru_cache(maxsize=256)
+def _code_returns_nothing(code: CodeType) -> bool:
     before, found = None, False
     for instruction in dis.get_instructions(code):
         if instruction.opname == "RETURN_CONST":

@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..errors import UnsupportedModelError
 from ..geometry import Projection
 from ..kernels import check_head_dim
-from .calls import watch_hooks
+from .calls import hooks_before, watch_hooks
 from .decoders import FAMILIES
 from .norms import gain_and_shift
 from .placement import where_measured
@@ -143,7 +143,7 @@ class AttentionSite:
     def _around(self) -> tuple:
         """Hooks in front of the attention, and the rotary embeddings."""
         rotary = self.rotary
-        return (*self.attention._forward_pre_hooks, Identities(rotary), *rotary_state(rotary))
+        return (*hooks_before(self.attention), Identities(rotary), *rotary_state(rotary))
 
     def watch_calls(self) -> None:
         """From now on refuse a hook in front of the attention that changes the tokens which it gets."""

@@ -172,7 +172,9 @@ def refuse_unreadable(modules: Iterable[nn.Module], where: str, enclosing: Itera
                 "accelerator.prepare (deepspeed.initialize), and the model through what that returns"
             )
     # use_orig_params=False leaves no parameters; torch.nn.utils (prune, weight_norm) leaves others, refused by their own names
-    flat = any("weight" in module.__dict__ and not module._parameters for module in modules)
+    flat = any(
+        "weight" in module.__dict__ and all(p is None for p in module._parameters.values()) for module in modules
+    )
     if flat or any(getattr(parameter, "_fsdp_flattened", False) for parameter in marked):
         raise UnsupportedModelError(
             f"{where} is sharded by FSDP1 (FullyShardedDataParallel), whose flat parameters hide when a weight was written; "

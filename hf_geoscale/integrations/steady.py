@@ -12,7 +12,7 @@ from torch import nn
 from transformers.modeling_utils import is_fsdp_enabled
 
 from ..geometry import LayerGeometry, LayerMaps, MatrixKernels, SteadyBatch
-from .calls import call_state
+from .calls import call_state, hooks_before
 from .families import AttentionSite
 from .rotary import rotary_factor
 from .sharding import shards_followed
@@ -99,7 +99,7 @@ def layout(site: AttentionSite, modules: Sequence[Any], factor: float) -> tuple 
         site.softmax_scale,
         type(attention),
         attention.__dict__.get("head_dim"),
-        *attention._forward_pre_hooks,
+        *hooks_before(attention),
         *attention._modules,
     ]
     for module in modules:

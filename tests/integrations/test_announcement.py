@@ -113,7 +113,8 @@ class TestLine:
         assert lines() == [("INFO", line)]
 
     def test_layers_that_differ_are_counted_apart(self, lines, no_accelerator, monkeypatch):
-        layers = geoscale_layers(patch_model(tiny_model("llama")))
+        model = patch_model(tiny_model("llama"))  # which its layers do not keep alive
+        layers = geoscale_layers(model)
         lines()
         choices = iter([backend.KernelChoice(HOPPER, None), backend.KernelChoice(PORTABLE, "its head dimension")])
         monkeypatch.setattr(announcement, "planned", lambda layer: next(choices))

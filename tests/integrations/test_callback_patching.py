@@ -63,11 +63,11 @@ class TestModelsMadeLater:
         check(run, precision="high")
         assert "was patched before" not in caplog.text
 
-    def test_every_run_and_every_trial(self, tmp_path):
-        run = made_later(tmp_path, GeoScaleCallback(), eval_strategy="steps", eval_steps=2)
+    def test_every_run(self, tmp_path):
+        run = made_later(tmp_path, GeoScaleCallback())
         models = []
-        for trial in (None, {}, {}):
-            run.train(trial=trial)
+        for _ in range(3):
+            run.train()
             models.append(run.model)
             check(run)
         assert len({id(model) for model in models}) == 3
@@ -84,18 +84,6 @@ class TestModelsMadeLater:
         best = run.hyperparameter_search(hp_space=space, n_trials=2, direction="minimize", backend="optuna")
         assert best.objective in [metrics["eval_loss"] for metrics in seen]
         check(run)
-
-    def test_what_a_search_gets_of_an_evaluation(self, tmp_path):
-        """As `hyperparameter_search` calls it, without optuna."""
-        from transformers.trainer_utils import default_compute_objective
-
-        run = made_later(tmp_path, GeoScaleCallback(), eval_strategy="steps", eval_steps=2)
-        run.train(trial={})  # a trial as Ray passes it
-        assert run.state.is_hyper_param_search
-        metrics = run.evaluate()
-        assert default_compute_objective(metrics) == metrics["eval_loss"]
-        logged = [entry for entry in run.state.log_history if "eval_loss" in entry]
-        assert all("eval_geoscale/utilisation" in entry for entry in logged)
 
 
 class TestCallbacksAddedLater:
