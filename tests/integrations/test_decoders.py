@@ -86,6 +86,8 @@ class TestCertificates:
     def test_no_query_key_or_value_is_longer_than_its_certificate(self, case, seen):
         """Brute force in float64 over random tokens and over tokens aimed at layer 0, as they enter the attention."""
         model = build(case).double()
+        if case == "kolibri1" and torch.empty(0).is_cuda:
+            pytest.skip("its router's product has no float64 on a GPU")
         if hasattr(model, "set_experts_implementation"):  # torch's grouped product has no float64
             model.set_experts_implementation("eager")
         sites = list(attention_sites(model))

@@ -14,7 +14,8 @@ from hf_geoscale.integrations import geoscale_layers
 from hf_geoscale.integrations.reporting import ReportingCallback, evaluation_prefix
 from hf_geoscale.scaling import E4M3, GeometryScaling
 
-from ..conftest import tiny_model, tokens
+from ..conftest import here, tiny_model, tokens
+from ..tolerances import FLIPPED_ROUNDINGS
 from .test_callback import METRICS, trainer
 
 EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
@@ -206,7 +207,9 @@ class TestEvaluation:
         model(torch.stack([row["input_ids"] for row in run.eval_dataset]))
         alone = max(row["utilisation"] for row in geometry_report(model).rows)
         for logs in evaluations:
-            assert logs["eval_geoscale/utilisation"] == pytest.approx(alone, rel=1e-6)
+            # On a GPU a batch of another size sums its products in another order, and q is rounded to BF16.
+            rounding = FLIPPED_ROUNDINGS if here().type == "cuda" else 1e-6
+            assert logs["eval_geoscale/utilisation"] == pytest.approx(alone, rel=rounding)
             assert logs["eval_geoscale/utilisation"] != mixed.losses()[0]["geoscale/utilisation"]
 
     def test_counts_its_own_overflows(self, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from hf_geoscale import UnsupportedAttentionError, geometry_report, patch_model,
 
 from ..conftest import tiny_model, tokens
 from ..tolerances import FLIPPED_ROUNDINGS
+from .compare import relative
 
 CAUSAL = torch.ones(16, 16, dtype=torch.bool).tril()[None, None]
 
@@ -127,7 +128,8 @@ def test_functional_call_is_none(model):
     patched = patch_model(other, fused_front_end=model.model.layers[0].self_attn.geoscale.config.fused_front_end)
     expected = patched(input_ids=tokens(2, 16)).logits.pow(2).mean()
     # On a GPU kernels measure parameters where they lie, and float64 what stands in for them: a scale's last bit may differ.
-    torch.testing.assert_close(found, expected, rtol=FLIPPED_ROUNDINGS if found.is_cuda else 0, atol=0)
+    allowed = FLIPPED_ROUNDINGS if found.is_cuda else 0
+    assert relative(found, expected) <= allowed
     gradients = torch.autograd.grad(found, list(parameters.values()))
     for mine, theirs in zip(gradients, torch.autograd.grad(expected, list(other.parameters())), strict=True):
-        assert torch.equal(mine, theirs)
+        assert relative(mine, theirs) <= 4 * allowed

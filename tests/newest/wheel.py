@@ -125,7 +125,7 @@ def check_commands(folder: Path) -> None:
     check("torch" in output(COMMAND, "env"), "hf-geoscale env prints versions")
     check("layer" in output(COMMAND, "inspect", model), "hf-geoscale inspect prints a table")
     rows = subprocess.run([COMMAND, "inspect", model, "--json"], capture_output=True, text=True, check=True).stdout
-    check(len(json.loads(rows)) == 2, "hf-geoscale inspect --json has a row a layer")
+    check(len(json.loads(rows)["rows"]) == 2, "hf-geoscale inspect --json has a row a layer")
     size = ("--steps", 2, "--length", 32)
     said = output(COMMAND, "finetune", model, "--text", text, "--output", out, *size, "--eval-sequences", 2)
     check("matplotlib" in said, "hf-geoscale finetune trains, and says that matplotlib is missing")

@@ -255,11 +255,11 @@ class TestWhatTheForwardCalls:
             edit = (r"return self\.weight \*", "return (1 + self.weight) *")
             monkeypatch.setattr(Qwen3RMSNorm, "forward", edited(Qwen3RMSNorm.forward, edit))
 
-        def small_gains():
+        def small_gains():  # 1 + weight near 0.6, so that logits stay around 1, as the tolerance of accuracy assumes
             model = tiny_model("qwen3")
             with torch.no_grad():
                 for norm in [m for name, m in model.named_modules() if name.endswith((".q_norm", ".k_norm"))]:
-                    norm.weight.sub_(0.9)
+                    norm.weight.sub_(1.4)
             return model
 
         model, ids = small_gains(), tokens(2, 40)
