@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hf_geoscale import UnsupportedAttentionError, geometry_report, patch_model, unpatch_model
 
 from ..conftest import tiny_model, tokens
-from ..tolerances import FLIPPED_ROUNDINGS
+from ..tolerances import FLIPPED_ROUNDINGS, FUSED_RUNS
 from .compare import relative
 
 CAUSAL = torch.ones(16, 16, dtype=torch.bool).tril()[None, None]
@@ -127,9 +127,9 @@ def test_functional_call_is_none(model):
     found = loss(model, parameters, tokens(2, 16))
     patched = patch_model(other, fused_front_end=model.model.layers[0].self_attn.geoscale.config.fused_front_end)
     expected = patched(input_ids=tokens(2, 16)).logits.pow(2).mean()
-    # On a GPU kernels measure parameters where they lie, and float64 what stands in for them: a scale's last bit may differ.
-    allowed = FLIPPED_ROUNDINGS if found.is_cuda else 0
-    assert relative(found, expected) <= allowed
+    # On a GPU the call's weights are measured and multiplied in another arrangement.
+    assert relative(found, expected) <= (FLIPPED_ROUNDINGS if found.is_cuda else 0)
+    allowed = FUSED_RUNS if found.is_cuda else 0
     gradients = torch.autograd.grad(found, list(parameters.values()))
     for mine, theirs in zip(gradients, torch.autograd.grad(expected, list(other.parameters())), strict=True):
-        assert relative(mine, theirs) <= 4 * allowed
+        assert relative(mine, theirs) <= allowed
