@@ -15,7 +15,7 @@ from hf_geoscale.geometry.spectral import SQUARINGS, gram_power_iteration
 from .test_batch import draw, layer, mixed_layers
 from .test_spectral import KINDS, matrices
 
-kernels = pytest.importorskip("hf_geoscale.kernels.spectral")
+kernels = pytest.importorskip("hf_geoscale.kernels.spectral", reason="needs Triton 3.4 or later", exc_type=ImportError)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [

@@ -4,7 +4,11 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers.integrations.neftune import neftune_post_forward_hook
+
+try:
+    from transformers.integrations.neftune import neftune_post_forward_hook
+except ImportError:  # transformers 4
+    from transformers.trainer_utils import neftune_post_forward_hook
 
 from benchmarks.families import tiny
 from hf_geoscale import (

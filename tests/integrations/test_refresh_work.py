@@ -12,8 +12,8 @@ from hf_geoscale.geometry import layer as layer_geometry
 from hf_geoscale.integrations import geoscale_layers
 from hf_geoscale.integrations.families import AttentionSite
 
-launcher = pytest.importorskip("hf_geoscale.kernels.launcher")
-kernels = pytest.importorskip("hf_geoscale.kernels.spectral")
+launcher = pytest.importorskip("hf_geoscale.kernels.launcher", reason="needs Triton 3.4 or later", exc_type=ImportError)
+kernels = pytest.importorskip("hf_geoscale.kernels.spectral", reason="needs Triton 3.4 or later", exc_type=ImportError)
 
 pytestmark = [
     pytest.mark.cpu,
