@@ -1,6 +1,7 @@
 """The gate of benchmarks/attention_speed.py: what passes it, and what does not."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -88,7 +89,8 @@ def test_what_is_wrong_does_not(gate, problem):
     def scaled_gradient(q, k, v):
         return bfloat16(q * 1.3 - 0.3 * q.detach(), k, v)
 
-    assert "dQ has relative error 0.3" in wrong("FP8", Candidate(scaled_gradient))
+    found = re.search(r"dQ has relative error (\S+)", wrong("FP8", Candidate(scaled_gradient)))
+    assert float(found[1]) == pytest.approx(0.3, rel=2.0**-8)  # BF16's rounding
 
 
 def test_e5m2_gradients_may_be_twice_as_far_off(gate, problem):
@@ -129,7 +131,7 @@ def test_an_odd_length_drops_what_is_wrong_and_keeps_what_does_not_run(gate, mon
 
 @pytest.mark.usefixtures("hardware_rounding")
 def test_the_benchmark_calls_the_ops_as_they_are(gate):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton.tools.tensor_descriptor", reason="needs Triton 3.4 or later")
     speed = importlib.import_module("attention_speed")
     problem = gate.Gate(sys.modules["rivals"].Shape(1, 67, 1, 1, 64), "cpu")
     results = []
@@ -145,7 +147,7 @@ def test_the_benchmark_calls_the_ops_as_they_are(gate):
 
 
 def test_the_page_says_what_is_not_timed_and_how_many_plans_were_tried(gate, monkeypatch, tmp_path, capsys):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton.tools.tensor_descriptor", reason="needs Triton 3.4 or later")
     speed = importlib.import_module("attention_speed")
     row = {
         **{
@@ -192,7 +194,7 @@ def test_the_page_says_what_is_not_timed_and_how_many_plans_were_tried(gate, mon
 
 
 def test_the_published_page_is_rendered_from_its_records(gate, capsys):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton.tools.tensor_descriptor", reason="needs Triton 3.4 or later")
     docs = BENCHMARKS.parent / "docs"
     importlib.import_module("attention_speed").main(["--render", str(docs / "attention_speed.jsonl")])
     assert capsys.readouterr().out.strip() == (docs / "attention_speed.md").read_text().strip()

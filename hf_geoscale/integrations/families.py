@@ -18,7 +18,7 @@ from .norms import gain_and_shift
 from .placement import where_measured
 from .refusals import REFUSED
 from .residual import ResidualStream, residual_stream
-from .rotary import rotary_state
+from .rotary import rotary_embeddings, rotary_state
 from .sharding import attribute, shards_followed, submodules
 from .upward import Upward, upward_to
 from .versions import Identities, module_versions, plain_versions
@@ -203,7 +203,7 @@ def attention_sites(model: Any) -> Iterator[AttentionSite]:
         raise UnsupportedModelError(
             "cross-attention (config.add_cross_attention=True) is not supported: keys come from elsewhere"
         )
-    rotary = {name: m for name, m in model.named_modules() if name.rpartition(".")[2].startswith("rotary_emb")}
+    rotary = dict(rotary_embeddings(model))
     found = tuple(tuple(name.split(".")) for name in rotary), tuple(rotary.values())
     blocks = [m for m in model.modules() if hasattr(m, family.attention) and hasattr(m, family.input_norm)]
     if not blocks:

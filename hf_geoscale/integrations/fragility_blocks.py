@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 FIXED_EPSILON = 1e-5
 """ε of norm layers that keep none as an attribute (OLMo's `OlmoLayerNorm.forward`)."""
 
-RMS_NORM_EPSILON = torch.finfo(torch.float32).eps
-"""ε of `nn.RMSNorm(eps=None)`: of the type torch computes in, float32 for half-precision inputs too."""
+SMALL = 2.0**-8
+"""An entry whose square lies far below the ε of half precision (2⁻¹⁰, 2⁻⁷) and far above that of float32 (2⁻²³)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,17 @@ def norm_epsilon(norm: Any) -> float:
     name = epsilon_name(norm)
     if name is not None:
         return float(getattr(norm, name))
-    return RMS_NORM_EPSILON if isinstance(norm, nn.RMSNorm) else FIXED_EPSILON
+    if not isinstance(norm, nn.RMSNorm):
+        return FIXED_EPSILON
+    return rms_norm_epsilon(torch.float32 if norm.weight is None else norm.weight.dtype)
+
+
+@cache
+def rms_norm_epsilon(dtype: torch.dtype) -> float:
+    """ε of `nn.RMSNorm(eps=None)`, told by a run: of the type torch computes in, or in older releases of the input's."""
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
+    output = nn.functional.rms_norm(torch.full((1,), SMALL, dtype=dtype), (1,))
+    return torch.finfo(computed if float(output) > 0.5 else dtype).eps
 
 
 def is_centred(norm: Any) -> bool:

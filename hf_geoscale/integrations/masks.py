@@ -84,7 +84,7 @@ def reach_of_mask(mask: Tensor, key_range: Tensor) -> int:
 
 
 def visibility_of_call(
-    mask: Tensor | None,  # (B or 1, 1 or H, Lq or 1, Lk), or key ranges (B, 1, Lq, 2)
+    mask: Tensor | None,  # (B or 1, 1 or H, Lq or 1, Lk or more), or key ranges (B, 1, Lq, 2)
     batch: int,
     query_length: int,
     key_length: int,
@@ -98,7 +98,8 @@ def visibility_of_call(
 
     A mask replaces the layer's own causal and window flags, as in SDPA. Documents come from `cu_seq_lens_q`, whatever the mask.
     Those that transformers reads off `position_ids` are in the mask of `geoscale_mask`: here positions cut nothing. transformers
-    leaves the mask of longer keys out for the prompt of a static cache alone.
+    leaves the mask of longer keys out for the prompt of a static cache alone. Columns of a mask beyond the keys are cut off, as
+    SDPA's and the eager attention cut them: Persimmon and Granite MoE of transformers 4 pass one too many.
 
     Raises:
         ValueError: cumulative lengths that are not of this batch or contradict the positions; see `documents_of_lengths`.
@@ -117,14 +118,16 @@ def visibility_of_call(
         return Visibility(query_length, key_length, causal, window if causal else None, key_range)
     if is_key_range(mask, key_length):
         key_range = mask[:, 0]
-    elif mask.dim() == 4 and mask.shape[2] in (1, query_length) and mask.shape[3] == key_length:
+    elif mask.dim() == 4 and mask.shape[2] in (1, query_length) and mask.shape[3] >= key_length:
         key_range = key_range_of_mask(mask)
+        if key_range is not None and mask.shape[3] > key_length:
+            key_range = key_range.clamp(max=key_length)
     else:
         return None
     if key_range is None:
         return None
     if key_length != query_length:
-        key_length = max(reach_of_mask(mask, key_range), 1)
+        key_length = max(min(reach_of_mask(mask, key_range), key_length), 1)
     if documents is not None:
         key_range = intersection(key_range, documents)
     return Visibility(query_length, key_length, False, None, key_range.expand(batch, query_length, -1))

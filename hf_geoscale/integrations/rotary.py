@@ -1,6 +1,6 @@
 """The factor that rotary embeddings put on a vector's norm: read off the modules, and verified by running them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,6 +31,16 @@ def rotary_factor(rotary: Sequence[Any]) -> float:
         UnsupportedModelError: a class from outside transformers that cannot be run on positions.
     """
     return max([1.0, *(max(_declared(module), _run(module)) for module in rotary)])
+
+
+def rotary_embeddings(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of a model's rotary embeddings; each of those in a container (OLMo 3 of transformers 4)."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2].startswith("rotary_emb"):
+            if isinstance(module, nn.ModuleDict | nn.ModuleList):
+                yield from ((f"{name}.{key}", part) for key, part in module.named_children())
+            else:
+                yield name, module
 
 
 def rotary_state(rotary: Iterable[Any]) -> tuple:

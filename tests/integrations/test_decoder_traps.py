@@ -17,10 +17,13 @@ from hf_geoscale import (
     geometry_report,
     patch_model,
 )
+from hf_geoscale.geometry import operand_bound
 from hf_geoscale.integrations import geoscale_layers
+from hf_geoscale.integrations.families import attention_sites
 
 from ..conftest import tiny_model, tokens
 from ..tolerances import OUTPUT_ERROR
+from .releases import built
 from .test_families import relative
 
 
@@ -64,11 +67,25 @@ class TestResidualStream:
             model.model(None, None, None, None, torch.randn(1, 8, 64))
 
 
+@pytest.mark.feature("family: llama")
+def test_rotary_embeddings_in_a_container_are_run():
+    """OLMo 3 of transformers 4 keeps them in a ModuleDict; here one of YaRN, whose factor the certificates must have."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    scaled = tiny("llama", rope_parameters=yarn, rope_scaling=yarn).model.rotary_emb
+    assert scaled.attention_scaling > 1.1
+    model = tiny("llama")
+    before = operand_bound(next(attention_sites(model)).projections()[0])
+    model.model.rotary_embs = nn.ModuleDict({"full_attention": scaled})
+    site = next(attention_sites(model))
+    assert scaled in site.rotary
+    torch.testing.assert_close(operand_bound(site.projections()[0]), before * scaled.attention_scaling)
+
+
 @pytest.mark.feature("sliding window")
 @pytest.mark.parametrize("family", ["phimoe", "qwen2_moe", "mistral"])
 def test_a_window_hides_what_is_behind_it(family):
     window = {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2} if family == "qwen2_moe" else {}
-    model = patch_model(tiny(family, sliding_window=8, num_hidden_layers=2, **window))
+    model = patch_model(built(family, sliding_window=8, num_hidden_layers=2, **window))
     ids = tokens(1, 40)
     other = ids.clone()
     other[:, :8] = tokens(1, 8, seed=1)

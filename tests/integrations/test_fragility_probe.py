@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.families import tiny
 from hf_geoscale import UnsupportedModelError, fragility_report, patch_model, unpatch_model
 from hf_geoscale.integrations.fragility import FragilityProbe
 from hf_geoscale.integrations.fragility_blocks import FIXED_EPSILON, norm_epsilon
@@ -127,6 +126,11 @@ def test_a_second_report_of_the_same_probe_continues_its_iteration():
         assert one["d_smx"] == other["d_smx"]
 
 
+def test_a_block_without_its_mlp_is_refused():
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 of the dbrx model: the block .* holds no MLP"):
+        fragility_report(built("dbrx"), tokens(1, LENGTH))
+
+
 def test_what_is_refused(monkeypatch):
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
     with pytest.raises(ValueError, match=r"precision must be one of .*, got 'fp8'"):
@@ -137,8 +141,6 @@ def test_what_is_refused(monkeypatch):
         fragility_report(model, [1, 2])
     with pytest.raises(ValueError, match=r"tokens in the shape \(B, L\), got \(3,\)"):
         fragility_report(model, torch.tensor([3, 4, 5]))
-    with pytest.raises(UnsupportedModelError, match=r"layer 0 of the dbrx model: the block .* holds no MLP"):
-        fragility_report(tiny("dbrx"), ids)
     attention = model.model.layers[1].self_attn
     monkeypatch.setattr(attention, "forward", lambda hidden_states, **_: (hidden_states, None))
     with pytest.raises(UnsupportedModelError, match=r"layer 1 .* never reached transformers' attention interface"):

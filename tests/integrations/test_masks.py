@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
 from hf_geoscale import UnsupportedAttentionError, geometry_report, patch_model
 from hf_geoscale.integrations.attention import geoscale_attention_forward
-from hf_geoscale.integrations.masks import geoscale_mask, key_range_of_mask
+from hf_geoscale.integrations.masks import geoscale_mask, key_range_of_mask, visibility_of_call
 
 from ..conftest import SHAPE, here, tiny_model, tokens
 from ..tolerances import OUTPUT_ERROR
@@ -37,6 +37,19 @@ def additive(visible: torch.Tensor, hidden: float | None) -> torch.Tensor:
 
 @pytest.mark.feature("4D masks")
 class TestExplicitMasks:
+    @pytest.mark.parametrize("hidden", HIDDEN_VALUES)
+    @pytest.mark.parametrize("more", [1, 9])
+    def test_columns_beyond_the_keys_are_cut_off(self, hidden, more):
+        """As SDPA's and the eager attention of transformers 4 cut them: those of Persimmon and Granite MoE are one too many."""
+        wide = torch.arange(LENGTH + more) <= ROWS + 2  # the last rows see keys that are not there
+        expected = visibility_of_call(
+            additive(wide[None, None, :, :LENGTH], HIDDEN_VALUES[hidden]), 1, LENGTH, LENGTH, True
+        )
+        seen = visibility_of_call(additive(wide[None, None], HIDDEN_VALUES[hidden]), 1, LENGTH, LENGTH, True)
+        assert seen.key_length == LENGTH
+        assert torch.equal(seen.key_range, expected.key_range)
+        assert int(seen.key_range.amax()) == LENGTH
+
     @pytest.mark.parametrize("hidden", HIDDEN_VALUES)
     @pytest.mark.parametrize("kind", MASKS)
     def test_rows_of_contiguous_keys_are_honoured(self, kind, hidden):
