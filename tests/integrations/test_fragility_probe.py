@@ -12,6 +12,7 @@ from hf_geoscale.integrations.fragility_blocks import FIXED_EPSILON, norm_epsilo
 from hf_geoscale.integrations.fragility_contexts import ieee_float32
 
 from ..conftest import tiny_model, tokens
+from .releases import built
 
 LENGTH = 24
 
