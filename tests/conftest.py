@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 if not torch.cuda.is_available():  # before any kernel is imported: run them in Triton's interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -170,6 +171,8 @@ def on_device(request):
     places_itself = request.node.get_closest_marker("places_itself")
     with _OnDevice(device) if device != "cpu" and not places_itself else nullcontext():
         yield
+    if AcceleratorState._shared_state and "tests/distributed/" not in request.node.nodeid:
+        AcceleratorState._reset_state(reset_partial_state=True)  # older releases keep the first Trainer's precision
 
 
 def _allocations() -> int:

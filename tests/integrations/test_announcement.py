@@ -62,8 +62,8 @@ class TestLine:
         ((level, line),) = lines()
         assert level == "WARNING"
         assert line == (
-            "geoscale: 2 layers in FP8: plain PyTorch, a specification: slower than SDPA (the kernels need an NVIDIA GPU, and the "
-            "operands are on 'cpu')"
+            "geoscale: 2 layers in FP8: plain PyTorch, a specification: slower than SDPA "
+            f"({backend.triton_missing(torch.device('cpu'))})"
         )
 
     def test_plain_pytorch_that_was_asked_for_is_none(self, lines, no_accelerator):

@@ -67,7 +67,6 @@ class TestResidualStream:
             model.model(None, None, None, None, torch.randn(1, 8, 64))
 
 
-@pytest.mark.feature("family: llama")
 def test_rotary_embeddings_in_a_container_are_run():
     """OLMo 3 of transformers 4 keeps them in a ModuleDict; here one of YaRN, whose factor the certificates must have."""
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}

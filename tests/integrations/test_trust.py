@@ -327,7 +327,7 @@ class TestRotary:
     @staticmethod
     def yarn(model, kind=LlamaRotaryEmbedding):
         config = copy.deepcopy(model.config)
-        config.rope_parameters = {
+        config.rope_parameters = config.rope_scaling = {  # the latter is transformers 4's name
             "rope_type": "yarn",
             "factor": 32.0,
             "rope_theta": 10000.0,
