@@ -106,7 +106,7 @@ def finetune(
         float, _option("AdamW's; linear decay after 10 % warm-up.", TRAINING, "RATE", min=0)
     ] = 5e-5,
     dtype: Annotated[Dtype, _option("bfloat16: autocast over float32 weights.", TRAINING, None)] = "float32",
-    seed: Annotated[int, _option("Of the data order and of dropout.", TRAINING)] = 0,
+    seed: Annotated[int, _option("Of the data order and of dropout.", TRAINING, min=0)] = 0,
     save_steps: Annotated[int, _option("Steps between checkpoints; 0: only after Ctrl-C.", OUTPUT, min=0)] = 0,
     resume: Annotated[bool, _flag("--resume", "Go on from the last whole checkpoint.")] = False,
     overwrite: Annotated[bool, _flag("--overwrite", "Replace an earlier run in the folder.")] = False,

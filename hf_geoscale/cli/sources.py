@@ -137,8 +137,10 @@ def find_model(name: str) -> ModelSource:
     """Where a model lies.
 
     Raises:
-        InputError: nothing is there, or a folder without a model, or with several GGUF files.
+        InputError: the name is empty, nothing is there, or a folder without a model, or with several GGUF files.
     """
+    if not name.strip():
+        raise InputError("the model's name is empty: give a folder, a .gguf file or a Hub id")
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix == ".gguf":

@@ -128,7 +128,7 @@ def _layer_of(module: nn.Module) -> GeoScaleLayer:
     return layer
 
 
-def _unknown_to(layer: GeoScaleLayer, options: dict[str, Any]) -> str | None:
+def _unknown_to(layer: GeoScaleLayer, options: dict[str, Any], window: int | None) -> str | None:
     """Why a call's keywords send it to SDPA; None where they do not. A later transformers may pass what changes the result.
 
     Raises:
@@ -143,6 +143,8 @@ def _unknown_to(layer: GeoScaleLayer, options: dict[str, Any]) -> str | None:
                 'unpatch the model and use attn_implementation="eager"'
             )
     names = sorted(set(names) - keywords_of_losses(layer.enclosing)) if names else []
+    if window is not None and not _has_window(layer.site.attention, window):
+        names.append("sliding_window")
     if not names:
         return None
     if layer.config.fallback != "sdpa":
@@ -152,6 +154,11 @@ def _unknown_to(layer: GeoScaleLayer, options: dict[str, Any]) -> str | None:
             "run such calls on SDPA"
         )
     return f"its keyword {', '.join(names)}"
+
+
+def _has_window(attention: Any, window: int) -> bool:
+    """Whether a window is the module's own. A caller's reaches the interface too, and SDPA, whose mask has none, ignores it."""
+    return any(getattr(owner, "sliding_window", None) == window for owner in (attention, attention.config))
 
 
 def _refuse_changed(module: nn.Module, layer: GeoScaleLayer) -> None:
@@ -219,7 +226,7 @@ def geoscale_attention_forward(
     if traced:
         _refuse_changed(module, layer)
     # a fused forward takes no keyword that is not known
-    unknown = _unknown_to(layer, kwargs) if rotary is None and packed is None else None
+    unknown = _unknown_to(layer, kwargs, sliding_window) if rotary is None and packed is None else None
     if rows != keys:
         _refuse_cached_documents(layer, kwargs)
     scaled = scales_spans(layer, query, key, value)

@@ -57,6 +57,28 @@ def call_state(module: nn.Module) -> tuple:
     return () if found == (None, None) else found
 
 
+_KNOWN = _TRUSTED | {"liger_kernel", "apex"}
+"""Packages whose norms and rotary embeddings keep no factor of their own beside those that are read off them."""
+
+
+def is_known(kind: type) -> bool:
+    """Whether a class, or the one that a wrapper such as FSDP2's derives from, is of a package that we read."""
+    return kind.__module__.partition(".")[0] in _KNOWN
+
+
+def own_numbers(module: nn.Module) -> tuple:
+    """Changes when a buffer, a number or a tensor of a module is written whose class is nobody's we know; else ()."""
+    if is_known(type(module)):
+        return ()
+    found: list[object] = []
+    for name, value in (*vars(module).items(), *module._buffers.items()):
+        if isinstance(value, Tensor):
+            found += name, value.data_ptr(), object() if value.is_inference() else value._version
+        elif isinstance(value, int | float | str) and name != "training":
+            found += name, value
+    return tuple(found)
+
+
 def hooks_before(module: nn.Module) -> tuple[int, ...]:
     """Numbers of the hooks before a module's forward that may change values; no two hooks ever have one number."""
     hooks = module.__dict__["_forward_pre_hooks"]
@@ -167,13 +189,12 @@ class Watch:
             self.handles.pop().remove()
 
     def _keep(self, value: Any) -> None:
-        self.seen.value = value, value._version if isinstance(value, Tensor) and not value.is_inference() else None
+        self.seen.value = value, _writes(value)
 
     def _compare(self, value: Any) -> None:
         kept, writes = self.seen.value
         self.seen.value = None, None
-        written = writes is not None and kept._version != writes
-        if written or not (value is kept or _same(value, kept)):
+        if writes != _writes(kept) or not (value is kept or _same(value, kept)):
             raise UnsupportedModelError(
                 f"{self.where} has a hook of {self.names} that changes values, which no weight bounds. Remove the hook, or "
                 "unpatch the model"
@@ -204,11 +225,23 @@ def _others(hooks: dict[int, Callable]) -> dict[int, Callable]:
     }
 
 
-def _tokens(args: tuple, kwargs: dict) -> Any:
-    """What a norm, a projection or an attention module takes first."""
-    return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+def _tokens(args: tuple, kwargs: dict) -> tuple:
+    """What a norm, a projection or an attention module takes first, and the angles of an attention's rotation."""
+    first = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+    return first, kwargs.get("position_embeddings")
+
+
+def _writes(value: Any) -> Any:
+    """Counts of writes to a tensor, or to those of a tuple; None for what has none."""
+    if isinstance(value, tuple):
+        return tuple(map(_writes, value))
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
 def _same(value: Any, expected: Any) -> bool:
+    if value is expected:
+        return True
+    if isinstance(value, tuple) and isinstance(expected, tuple):
+        return len(value) == len(expected) and all(map(_same, value, expected))
     whole = isinstance(value, Tensor) and isinstance(expected, Tensor) and value.shape == expected.shape
     return whole and torch.equal(value, expected)

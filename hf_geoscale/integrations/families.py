@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..errors import UnsupportedModelError
 from ..geometry import Projection
 from ..kernels import check_head_dim
-from .calls import hooks_before, watch_hooks
+from .calls import check_forward, hooks_before, watch_hooks
 from .decoders import FAMILIES
 from .norms import gain_and_shift
 from .placement import where_measured
@@ -148,6 +148,8 @@ class AttentionSite:
     def watch_calls(self) -> None:
         """From now on refuse a hook in front of the attention that changes the tokens which it gets."""
         watch_hooks(self.attention, self.describe("the attention"), before_only=True)
+        if (block := self.block) is not None:
+            check_forward(block, self.describe(type(block).__name__))
 
 
 def _is_trainable(modules: Iterable[Any]) -> bool:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from .calls import bound_function, call_state, check_forward, watch_hooks
-from .weights import active_module
+from .calls import bound_function, call_state, check_forward, is_known, own_numbers, watch_hooks
+from .weights import active_module, refuse_reparametrised
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ def gain_and_shift(norm: Any, where: str) -> tuple[Tensor | None, Tensor | None]
         UnsupportedModelError: any other module, or one whose call runs more than its forward; tokens after it have no bound.
     """
     norm = active_module(norm)
+    refuse_reparametrised(norm, where)
     if bound_function(norm) is None:
         check_forward(norm, where)
     weight, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
@@ -87,7 +88,7 @@ def _offset(norm: Any, weight: Tensor | None, shift: Tensor | None, shape: tuple
     place = ("cpu", torch.float32) if weight is None else (weight.device.type, weight.dtype)
     declared = _declared_offset(norm)
     forward = bound_function(norm) or type(norm).forward
-    state = (forward, call_state(norm), place, shape, declared)
+    state = (forward, call_state(norm), place, shape, declared, own_numbers(norm))
     known = _verified.get(norm)
     if known is not None and known[0] == state:
         return known[1]
@@ -129,7 +130,9 @@ def _declared_offset(norm: Any) -> float:
 def _believed(norm: Any, declared: float, where: str, why: str) -> float:
     """The offset of a norm that cannot run here. Raises UnsupportedModelError where its class is not known by name either."""
     names = {c.__name__ for c in type(norm).__mro__}
-    if not (isinstance(norm, nn.RMSNorm) or names & _LAYER_NORMS or any(name.endswith("RMSNorm") for name in names)):
+    if not is_known(type(norm)) or not (
+        isinstance(norm, nn.RMSNorm) or names & _LAYER_NORMS or any(name.endswith("RMSNorm") for name in names)
+    ):
         raise UnsupportedModelError(f"{where} is not a norm layer that we know, and it cannot be run here ({why})")
     if type(norm) not in _unverified and not why.endswith("meta device"):  # those are read again with their weights
         _unverified.add(type(norm))
@@ -156,12 +159,12 @@ def _with_random_parameters(norm: Any) -> Any:
 
 
 def _rows(shape: tuple[int, ...]) -> Tensor:
-    """Random rows of two spreads, and one with a single large channel: (n, *shape) float32."""
+    """Random rows of two spreads, and one with a single large channel, as a batch of one: (1, n, *shape) float32."""
     generator = torch.Generator("cpu").manual_seed(0)
     random = [spread * torch.randn(2, *shape, generator=generator, device="cpu") for spread in SPREADS]
     single = torch.randn(1, *shape, generator=generator, device="cpu")
     single[..., 0] = SPREADS[1] * shape[-1] ** 0.5
-    return torch.cat([*random, single])
+    return torch.cat([*random, single])[None]
 
 
 def _normalised(rows: Tensor) -> tuple[Tensor, Tensor]:

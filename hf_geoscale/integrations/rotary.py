@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from .calls import call_state
+from .calls import call_state, is_known, own_numbers, watch_hooks
 
 POSITIONS = 8
-"""Positions from 0 that a rotary embedding is run on; the factor depends on none."""
+"""Positions from 0 that a rotary embedding is run on. The factor depends on none, but of a class that we do not know it may."""
+
+FARTHEST = 2**20
+"""The farthest position that a class which we do not know is run on, by powers of two."""
 
 ROUNDING = 1e-5
 """Relative rounding error of √(cos² + sin²) in float32, tenfold."""
@@ -55,6 +58,8 @@ def rotary_state(rotary: Iterable[Any]) -> tuple:
             found += (own["attention_scaling"],)
         else:
             found += _scalings(module)
+        if not type(module).__module__.startswith("transformers."):  # asked in every forward
+            found += own_numbers(module)
     return tuple(found)
 
 
@@ -72,7 +77,8 @@ def _declared(module: Any) -> float:
 @torch.no_grad()
 def _run(module: Any) -> float:
     """√(cos² + sin²) of a run; 0 where a module of transformers cannot be run."""
-    state = (type(module).forward, call_state(module), *_scalings(module))
+    watch_hooks(module, f"the rotary embedding {type(module).__name__}")
+    state = (type(module).forward, call_state(module), own_numbers(module), *_scalings(module))
     known = _measured.get(module)
     if known is not None and known[0] == state:
         return known[1]
@@ -94,8 +100,10 @@ def _run(module: Any) -> float:
 
 def _angles(module: Any, device: torch.device) -> list[Any]:
     """What the module returns, for each of its layer types where it has several."""
-    rows = torch.zeros(1, POSITIONS, 1, device=device)
-    positions = torch.arange(POSITIONS, device=device)[None]
+    places = list(range(POSITIONS))
+    if not is_known(type(module)):  # one of transformers may widen its tables for them
+        places += [2**n for n in range(3, FARTHEST.bit_length())]
+    rows, positions = torch.zeros(1, len(places), 1, device=device), torch.tensor(places, device=device)[None]
     kinds = {name.removesuffix("_attention_scaling") for name in vars(module) if name.endswith("_attention_scaling")}
     if not kinds:
         return [module.forward(rows, positions)]

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.modeling_utils import is_fsdp_enabled
 
 from ..geometry import LayerGeometry, LayerMaps, MatrixKernels, SteadyBatch
-from .calls import call_state, hooks_before
+from .calls import call_state, hooks_before, own_numbers
 from .families import AttentionSite
 from .rotary import rotary_factor
 from .sharding import shards_followed
@@ -110,6 +110,7 @@ def layout(site: AttentionSite, modules: Sequence[Any], factor: float) -> tuple 
             type(module),
             type(module).forward,
             call_state(module),
+            own_numbers(module),
             own.get("offset"),
             own.get("zero_centered_gamma"),
         )

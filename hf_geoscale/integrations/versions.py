@@ -8,7 +8,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from .calls import call_state
+from .calls import call_state, is_known, own_numbers
 from .sharding import is_partitioned, shard_version, shards_followed
 
 _PARTS = frozenset(("SCB", "CB", "quant_state"))
@@ -122,16 +122,16 @@ def stored(parameter: Tensor) -> Iterator[Tensor]:
 
 @lru_cache(maxsize=256)
 def _kind(kind: type) -> tuple[tuple, bool, bool]:
-    """Name of a module's class, whether it is a dropout, and whether it is one of PEFT's."""
-    return (kind.__qualname__,), issubclass(kind, nn.Dropout), hasattr(kind, "_disable_adapters")
+    """Name of a module's class, whether it is a dropout or nobody's we know, and whether it is one of PEFT's."""
+    return (kind.__qualname__,), issubclass(kind, nn.Dropout) or not is_known(kind), hasattr(kind, "_disable_adapters")
 
 
 def _state(module: Any) -> tuple:
     """What decides a module's map besides tensors."""
     kind: Any = type(module)
-    state, drops, adapts = _kind(kind)
-    state = (*state, kind.forward, call_state(module), *module._parameters)
-    if drops:
+    state, _, adapts = _kind(kind)
+    state = (*state, kind.forward, call_state(module), *module._parameters, *own_numbers(module))
+    if isinstance(module, nn.Dropout):
         return (*state, module.p, module.training)
     if adapts or "_disable_adapters" in vars(module):  # PEFT's layers and wrappers
         names = module._active_adapter

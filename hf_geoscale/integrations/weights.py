@@ -129,7 +129,7 @@ def effective_weight(
     inner = active_module(module)
     for part in {id(m): m for m in (module, inner, getattr(inner, "base_layer", inner))}.values():
         check_forward(part, where)
-        _refuse_reparametrised(part, where)
+        refuse_reparametrised(part, where)
         watch_hooks(part, where)
     if (found := _whole_parameters(module)) is not None:
         return _of_shape(found, shape, where)
@@ -155,8 +155,15 @@ _REPARAMETRISED = {"weight_mask": "prune", "weight_g": "weight_norm", "weight_u"
 """Parameters and buffers that torch.nn.utils leaves in a module, and the function that did."""
 
 
-def _refuse_reparametrised(module: Any, where: str) -> None:
-    """Raise UnsupportedModelError for a weight that a hook of torch.nn.utils computes anew in each forward."""
+def refuse_reparametrised(module: Any, where: str) -> None:
+    """Raise UnsupportedModelError for a weight that torch.nn.utils computes anew in each forward."""
+    if (parametrized := getattr(module, "parametrizations", None)) is not None:
+        kinds = sorted({type(part).__name__.strip("_") for parts in parametrized.values() for part in parts})
+        raise UnsupportedModelError(
+            f"{where} has a weight that torch.nn.utils.parametrize computes anew in each forward ({', '.join(kinds)}); no "
+            "certificate follows it. Make it permanent with torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), "
+            "or unpatch the model"
+        )
     if "weight" not in module.__dict__:
         return
     for name, function in _REPARAMETRISED.items():

@@ -46,6 +46,11 @@ def test_what_can_be_no_hub_id_is_said_at_once(name, monkeypatch):
     assert f"there is no {'file' if name.endswith('.gguf') else 'folder'} {name}" in said
 
 
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_not_the_folder_one_stands_in(name):
+    assert message(name) == "the model's name is empty: give a folder, a .gguf file or a Hub id"
+
+
 @pytest.mark.parametrize("name", ["tinny", "models/tinny"])
 def test_an_unreachable_hub_is_asked_once(name, monkeypatch):
     hub(monkeypatch, ConnectionError("Name or service not known"))

@@ -101,6 +101,13 @@ class TestOfModels:
         with pytest.raises(UnsupportedAttentionError, match=rf"keyword never_heard_of \({family} layer 0\)"):
             attention_of(model)(hidden, **call)
 
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_a_callers_window_is_none_of_the_modules(self, fused):
+        """Flash attention would honour it; SDPA, the mask of which has none, does not."""
+        model, ids = patch_model(tiny_model("llama"), fused_front_end=fused), tokens(2, 24)
+        with pytest.raises(UnsupportedAttentionError, match=r"keyword sliding_window \(llama layer 0\)"):
+            model(ids, sliding_window=4)
+
     def test_with_a_fallback_it_goes_to_sdpa(self):
         model, ids = tiny_model("llama"), tokens(2, 24)
         plain = model(ids, never_heard_of=1).logits

@@ -133,6 +133,9 @@ class TestNorms:
                 return super().forward(x)
 
         norm = NeedsAGpuRMSNorm(64)
+        with pytest.raises(UnsupportedModelError, match="cannot be run here"):
+            gain_and_shift(norm, "the norm")
+        NeedsAGpuRMSNorm.__module__ = "liger_kernel.transformers"
         with caplog.at_level(logging.WARNING):
             assert gain_and_shift(norm, "the norm")[0] is norm.weight
             gain_and_shift(norm, "the norm")
@@ -140,8 +143,61 @@ class TestNorms:
         norm.ready = True
         torch.testing.assert_close(gain_and_shift(norm, "the norm")[0], 1 + norm.weight.detach().double())
 
+    def test_one_that_wants_a_batch_is_run_and_not_believed_by_its_name(self):
+        class LoudRMSNorm(ZeroCentred):
+            def forward(self, x):
+                assert len(x.shape) == 3
+                return 8 * super().forward(x)
+
+        with pytest.raises(UnsupportedModelError, match="LoudRMSNorm, run on random rows"):
+            patch_model(with_norms(LoudRMSNorm))
+
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("kind", ["buffer", "attribute"])
+    def test_a_factor_of_its_own_written_later_is_seen(self, kind, training):
+        class ScaledRMSNorm(ZeroCentred):
+            def __init__(self, width):
+                super().__init__(width)
+                if kind == "buffer":
+                    self.register_buffer("factor", torch.ones(()))
+                else:
+                    self.factor = 1.0
+
+            def forward(self, x):
+                return super().forward(x) * self.factor
+
+        model, ids = with_norms(ScaledRMSNorm).train(training), tokens(1, 16)
+        patch_model(model)(ids)
+        for layer in model.model.layers:
+            if kind == "buffer":
+                layer.input_layernorm.factor.fill_(16.0)
+            else:
+                layer.input_layernorm.factor = 16.0
+        with pytest.raises(UnsupportedModelError, match="ScaledRMSNorm, run on random rows"):
+            model(ids)
+
+    def test_a_parametrized_weight_is_refused_by_name(self):
+        class Exponential(nn.Module):
+            def forward(self, weight):
+                return weight.exp()
+
+        model = tiny_model("llama")
+        torch.nn.utils.parametrize.register_parametrization(
+            model.model.layers[1].input_layernorm, "weight", Exponential()
+        )
+        with pytest.raises(UnsupportedModelError, match=r"layer 1 .*parametrize computes anew .*\(Exponential\)"):
+            patch_model(model)
+
 
 class TestForwards:
+    def test_one_that_was_replaced_on_a_decoder_layer_is_refused(self):
+        model = tiny_model("llama")
+        block = model.model.layers[1]
+        own = block.forward
+        block.forward = lambda hidden_states, **kwargs: own(8 * hidden_states, **kwargs)
+        with pytest.raises(UnsupportedModelError, match=r"layer 1 .*LlamaDecoderLayer"):
+            patch_model(model)
+
     def test_one_that_a_library_replaced_is_refused_by_name(self):
         """As LyCORIS does; also while its own weights are still zero."""
         model = tiny_model("llama")
@@ -231,6 +287,30 @@ class TestHooks:
         if patched:  # a new one is watched from the second forward on
             model(ids)
         with pytest.raises(UnsupportedModelError, match=r"layer 1 .* the attention has a hook"):
+            model(ids)
+
+    @pytest.mark.parametrize("written", [False, True])
+    def test_one_in_front_of_the_attention_may_not_change_angles(self, written):
+        def louder_angles(module, args, kwargs):
+            cos, sin = kwargs["position_embeddings"]
+            if written:
+                cos.mul_(8)
+                return args, kwargs
+            return args, kwargs | {"position_embeddings": (8 * cos, 8 * sin)}
+
+        model, ids = tiny_model("llama"), tokens(1, 16)
+        model.model.layers[1].self_attn.register_forward_pre_hook(louder_angles, with_kwargs=True)
+        with torch.no_grad(), pytest.raises(UnsupportedModelError, match=r"layer 1 .* the attention has a hook"):
+            patch_model(model)(ids)
+
+    @pytest.mark.parametrize("patched", [False, True])
+    def test_one_of_the_rotary_embedding_is_refused(self, patched):
+        model, ids = tiny_model("llama"), tokens(1, 16)
+        if patched:
+            patch_model(model)(ids)
+        model.model.rotary_emb.register_forward_hook(lambda module, args, output: tuple(8 * each for each in output))
+        (refresh_scales if patched else patch_model)(model)
+        with pytest.raises(UnsupportedModelError, match="rotary embedding LlamaRotaryEmbedding has a hook"):
             model(ids)
 
     def test_observers_keep_working_and_are_never_run_for_a_look(self):
@@ -370,6 +450,33 @@ class TestRotary:
         before = self.bounds(patch_model(copy.deepcopy(model)))
         model.model.rotary_emb = Louder(model.config)
         torch.testing.assert_close(self.bounds(patch_model(model)), 3 * before, rtol=1e-5, atol=0)
+
+    def test_a_factor_of_its_own_written_later_is_seen(self):
+        class Scaled(LlamaRotaryEmbedding):
+            factor = 1.0
+
+            def forward(self, x, position_ids):
+                cos, sin = super().forward(x, position_ids)
+                return self.factor * cos, self.factor * sin
+
+        model, ids = tiny_model("llama"), tokens(1, 16)
+        model.model.rotary_emb = Scaled(model.config)
+        before = self.bounds(patch_model(model))
+        model.model.rotary_emb.factor = 3.0
+        model(ids)
+        torch.testing.assert_close(self.bounds(model), 3 * before, rtol=1e-5, atol=0)
+
+    def test_a_factor_that_grows_with_the_position_is_measured_far_out(self):
+        class LouderLater(LlamaRotaryEmbedding):
+            def forward(self, x, position_ids):
+                cos, sin = super().forward(x, position_ids)
+                factor = 1 + (position_ids[..., None] >= 4096)
+                return factor * cos, factor * sin
+
+        model = tiny_model("llama")
+        before = self.bounds(patch_model(copy.deepcopy(model)))
+        model.model.rotary_emb = LouderLater(model.config)
+        torch.testing.assert_close(self.bounds(patch_model(model)), 2 * before, rtol=1e-5, atol=0)
 
     def test_one_that_cannot_be_run_is_refused_by_name(self):
         class Elsewhere(nn.Module):
