@@ -8,6 +8,7 @@ from .tile import (
     E4M3_MAX,
     PROBABILITY_LOG2,
     RESIDUAL_GAIN,
+    add_apart,
     contraction_order,
     dropout_keep,
     heaviest_first,
@@ -133,12 +134,11 @@ def attend_tile(
     p = tl.exp2(s * factor - (new_max * factor - PROBABILITY_LOG2)[:, None])
     rescale = tl.exp2((row_max - new_max) * factor)
     row_sum = row_sum * rescale + tl.sum(p, 1)
-    acc = acc * rescale[:, None]
     if DROPOUT:
         p = tl.where(dropout_keep(seed, threshold, i_head, start_row, start_key, BM, BN, False), p, 0.0)
     p8 = contraction_order(p.to(tl.float8e4nv), BM, BN)  # p ≤ 256
     v = d_v.load([i_value_row, start_key])
-    acc = tl.dot(p8, v.T, acc)
+    acc = add_apart(acc, rescale[:, None], tl.dot(p8, v.T))
     return acc, row_sum, new_max, logit_max, logits_over
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .forward import HIDDEN, cap_logits, logit_unit, round_logits, softmax_factors
 from .launcher import DirectKernel
-from .tile import RESIDUAL_GAIN, contraction_order, dropout_keep, heaviest_first, mix, row_bounds, tile_pointers
+from .tile import RESIDUAL_GAIN, add_apart, contraction_order, dropout_keep, heaviest_first, mix, row_bounds, tile_pointers
 
 
 @triton.jit
@@ -159,8 +159,9 @@ def key_tile(
     ds8 = contraction_order(ds.to(tl.float8e4nv), BN, BM)
     grad_columns = d_grad_columns.load([i_column_row, start_row])
     q_columns = d_q_columns.load([i_column_row, start_row])
-    dv = tl.dot(p8, grad_columns.T, dv)
-    dk = tl.dot(ds8, q_columns.T, dk)
+    dv_tile, dk_tile = tl.dot(p8, grad_columns.T), tl.dot(ds8, q_columns.T)
+    dv = add_apart(dv, 1.0, dv_tile)
+    dk = add_apart(dk, 1.0, dk_tile)
     return dk, dv
 
 

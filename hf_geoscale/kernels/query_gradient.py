@@ -11,6 +11,7 @@ from .forward import HIDDEN, cap_logits, logit_unit, round_logits, softmax_facto
 from .launcher import DirectKernel
 from .tile import (
     RESIDUAL_GAIN,
+    add_apart,
     contraction_order,
     dropout_keep,
     heaviest_first,
@@ -88,10 +89,10 @@ def query_tile(
         ds_max = tl.maximum(ds_max, tl.max(tl.where(ds == ds, tl.abs(ds), float("inf")), 1))
     ds8 = contraction_order(ds.to(tl.float8e4nv), BM, BN)  # |ds| ≤ 448 by its bound
     k_columns = d_k_columns.load([i_column_row, start_key])
-    dq = tl.dot(ds8, k_columns.T, dq)
+    dq = add_apart(dq, 1.0, tl.dot(ds8, k_columns.T))
     if HIGH:
         residual_columns = d_residual_columns.load([i_column_row, start_key])
-        dq_residual = tl.dot(ds8, residual_columns.T, dq_residual)
+        dq_residual = add_apart(dq_residual, 1.0, tl.dot(ds8, residual_columns.T))
     return dq, dq_residual, ds_max
 
 

@@ -50,6 +50,15 @@ def to_e4m3(x):
 
 
 @triton.jit
+def add_apart(total, factor, product):
+    """total·factor + product, where the matrix unit sums the product's terms alone.
+
+    FP8 units keep 13 bits of a sum (docs/sums.md). A compiler makes an addition after `dot` the unit's own, but no `fma`.
+    """
+    return tl.fma(total, tl.broadcast_to(factor, total.shape), product)
+
+
+@triton.jit
 def heaviest_first(n_blocks):
     """(block, batch·head) of this program: block 0 of several heads first, so that a causal launch ends with its lightest blocks.
 

@@ -82,6 +82,7 @@ def multiply_tiles(
     q = q.index(WHICH)
     acc = gl.zeros([ROWS, DP], gl.float32, OUT)
     unused = gl.zeros([ROWS, BN], gl.float32, S)
+    unused_out = gl.zeros([ROWS, DP], gl.float32, OUT)
     row_sum = gl.zeros([ROWS], gl.float32, ROW)
     row_max = gl.full([ROWS], NOTHING_SEEN, gl.float32, ROW)
     mbarrier.wait(held, 0)
@@ -99,9 +100,9 @@ def multiply_tiles(
         p = gl.exp2(s * factor - (new_max * factor - PROBABILITY_LOG2)[:, None])
         rescale = gl.exp2((row_max - new_max) * factor)
         row_sum = row_sum * rescale + gl.convert_layout(row_total(p), ROW, assert_trivial=True)
-        acc *= gl.convert_layout(rescale, OUT_ROW, assert_trivial=True)[:, None]
-        acc = warpgroup_mma(operand(p, BN), v.index(stage).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        tile = warpgroup_mma(operand(p, BN), v.index(stage).permute((1, 0)), unused_out, use_acc=False, is_async=True)
+        tile = warpgroup_mma_wait(0, deps=[tile])
+        acc = acc * gl.convert_layout(rescale, OUT_ROW, assert_trivial=True)[:, None] + tile
         mbarrier.arrive(free.index(stage), count=1)
         row_max = new_max
         turn += 1
@@ -149,7 +150,9 @@ def forward_kernel(
     STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     REGISTERS: gl.constexpr,
+    PROMOTION: gl.constexpr,
 ):
+    gl.static_assert(PROMOTION == 1, "each tile is summed on its own")
     gl.static_assert(CONSUMERS == 3, "one partition a warpgroup stands below")
     i_head, start_row, start, stop = block_of_rows(
         p_range, n_heads, n_queries, n_keys, window, BN, CONSUMERS, CAUSAL, WINDOW, RANGES

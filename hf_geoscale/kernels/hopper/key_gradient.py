@@ -1,11 +1,15 @@
-"""dK and dV on Hopper: one program per block of keys and key/value head, 64 keys per warpgroup. Arithmetic of `..key_gradient`."""
+"""dK and dV on Hopper: one program per block of keys and key/value head, 64 keys per warpgroup. Arithmetic of `..key_gradient`.
+
+The matrix unit keeps 13 bits of a sum of FP8 products (docs/sums.md). So float32 adds up its sums of a tile in dV, in registers. Those
+of dK are of a few tiles, and their sum lies in shared memory: both sums and a tile's own would not fit into the registers.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ..launcher import DirectKernel
-from .logit_gradient import BUFFERS, store_transposed, tile_number, wait_stored
+from .logit_gradient import BUFFERS, round_pairs, store_pairs, tile_number, wait_stored
 from .shared import (
     HIDDEN,
     ROWS,
@@ -14,8 +18,11 @@ from .shared import (
     heaviest_first,
     load_tile,
     logit_factor,
+    from_quads,
     operand,
+    quads,
     query_span,
+    reinterpret,
     ring_barriers,
     skip_tiles,
     store_gradient,
@@ -61,21 +68,19 @@ def block_span(
 @gluon.jit
 def load_tiles(
     descriptors, tiles, barriers, place, lengths, span, D: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr, MIX: gl.constexpr, STORED: gl.constexpr,
+    CONSUMERS: gl.constexpr, STORED: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: keys and values once, then every tile of queries and gradients that some warpgroup needs."""
-    d_q, d_grad, d_q_columns, d_grad_columns, d_shift, d_delta, d_ratio, d_k, d_v, d_signs = descriptors
-    q, grad, q_columns, grad_columns, shift, delta, ratio, k, v, signs = tiles
+    d_q, d_grad, d_q_columns, d_grad_columns, d_shift, d_delta, d_ratio, d_k, d_v = descriptors
+    q, grad, q_columns, grad_columns, shift, delta, ratio, k, v = tiles
     ready, free, held = barriers
     i_kv, start_key, first_head, heads = place
     n_queries, n_keys, n_padded = lengths
     start, stop = span
-    mbarrier.expect(held, 2 * CONSUMERS * d_k.block_type.nbytes + (d_signs.block_type.nbytes if MIX else 0))
+    mbarrier.expect(held, 2 * CONSUMERS * d_k.block_type.nbytes)
     for i in gl.static_range(CONSUMERS):
         load_tile(d_k, [i_kv * n_keys + start_key + i * ROWS, 0], held, k.index(i))
         load_tile(d_v, [i_kv * n_keys + start_key + i * ROWS, 0], held, v.index(i))
-    if MIX:
-        load_tile(d_signs, [0, 0], held, signs.index(0))
     turn = 0
     for i_head in range(first_head, first_head + heads):
         for start_row in range(start, stop, BM):
@@ -94,17 +99,32 @@ def load_tiles(
 
 
 @gluon.jit
+def promote(dk_sum, ratio, dk, DP: gl.constexpr):
+    """Add the matrix unit's dK to the sum in shared memory, times `ratio` first; return the next ratio."""
+    added = quads(dk, DP)
+    dk_sum.store(dk_sum.load(added.type.layout) * ratio + added)
+    return 1.0
+
+
+@gluon.jit
+def load_sum(dk_sum, unit, DP: gl.constexpr):
+    """The sum in shared memory, times `unit`, as an accumulator tile (64, DP)."""
+    layout: gl.constexpr = quads(gl.zeros([ROWS, DP], gl.float32, accumulator(DP)), DP).type.layout
+    return from_quads(dk_sum.load(layout), DP) * unit
+
+
+@gluon.jit
 def multiply_tiles(
     context, WHICH: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
     MIX: gl.constexpr, TURNED: gl.constexpr, STORED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
-    RANGES: gl.constexpr,
+    RANGES: gl.constexpr, PROMOTION: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: dK and dV of the WHICH-th 64 keys of the block."""
     S: gl.constexpr = accumulator(BM)
     ROW: gl.constexpr = gl.SliceLayout(0, S)
-    tiles, barriers, place, lengths, span, scalars, pointers, strides, storing = context
+    tiles, barriers, place, lengths, span, scalars, pointers, strides, storing, dk_sum, d_signs, signs_ready = context
     d_stored, buffers, first_head_stored = storing
-    q, grad, q_columns, grad_columns, shift, delta, ratio, k, v, signs = tiles
+    q, grad, q_columns, grad_columns, shift, delta, ratio, k, v = tiles
     ready, free, held = barriers
     i_kv, block_key, first_head, heads = place
     n_queries, n_keys, _ = lengths
@@ -122,8 +142,13 @@ def multiply_tiles(
     dk = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
     dv = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
     unused = gl.zeros([ROWS, BM], gl.float32, S)
-    dk_unit, dv_unit = 1.0, 1.0
+    unused_dv = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
+    dk_sum = dk_sum.index(WHICH)
+    dk_sum.store(quads(dk, DP))
+    dk_unit, dv_unit, dk_ratio = 1.0, 1.0, 1.0
     mbarrier.wait(held, 0)
+    if DP == 128:  # half of what S and dP read of shared memory, where the registers suffice
+        k = k.load(gl.DotOperandLayout(0, S, 4))
     turn, n_stored = 0, 0
     for i_head in range(first_head, first_head + heads):
         factor = logit_factor(p_q_quant_scale, p_k_quant_scale, i_head % n_heads, kv_head, softmax_scale)
@@ -132,14 +157,18 @@ def multiply_tiles(
             p_scales = p_group + (i_head * n_groups + group) * 4
             group_factor = gl.load(p_scales)
             new_dk_unit, new_dv_unit = gl.load(p_scales + 1), gl.load(p_scales + 2)
-            dk *= dk_unit / new_dk_unit
+            dk_ratio *= dk_unit / new_dk_unit
             dv *= dv_unit / new_dv_unit
             dk_unit, dv_unit = new_dk_unit, new_dv_unit
             low, high = max(block_start, group * GROUP), min(block_stop, (group + 1) * GROUP)
             begin = min(max(start, low), high)
             end = max(min(stop, high), begin)
             turn = skip_tiles(ready, free, turn, low, begin, BM, STAGES)
+            summed = 0
             for start_row in range(begin, end, BM):
+                if summed == PROMOTION:
+                    dk_ratio = promote(dk_sum, dk_ratio, dk, DP)
+                    summed = 0
                 stage = wait_ready(ready, turn, STAGES)
                 s = warpgroup_mma(k, q.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
                 dp = warpgroup_mma(v, grad.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
@@ -163,27 +192,37 @@ def multiply_tiles(
                 row_delta = delta.index(stage).load(ROW)  # as late as it goes: registers are short
                 ds = p * (dp * group_factor - row_delta[None, :])
                 ds8 = operand(ds, BM)
-                dv = warpgroup_mma(p8, grad_columns.index(stage).permute((1, 0)), dv, is_async=True)
-                dk = warpgroup_mma(ds8, q_columns.index(stage).permute((1, 0)), dk, is_async=True)
+                if STORED:
+                    pairs = round_pairs(ds * ratio.index(stage).load(ROW)[None, :], BM)
+                tile = warpgroup_mma(p8, grad_columns.index(stage).permute((1, 0)), unused_dv, use_acc=False, is_async=True)
+                dk = warpgroup_mma(ds8, q_columns.index(stage).permute((1, 0)), dk, use_acc=summed > 0, is_async=True)
                 if STORED:
                     i_tile = tile_number(
                         i_head - first_head_stored, start_row // ROWS, start_key // ROWS, gl.cdiv(n_queries, ROWS), window, WINDOW
                     )  # fmt: skip
-                    ds *= ratio.index(stage).load(ROW)[None, :]
-                    store_transposed(d_stored, buffers.index(WHICH * BUFFERS + n_stored % BUFFERS), i_tile, ds)
+                    store_pairs(d_stored, buffers.index(WHICH * BUFFERS + n_stored % BUFFERS), i_tile, pairs)
                     n_stored += 1
-                dv, dk = warpgroup_mma_wait(
-                    0, deps=[dv, dk]
-                )  # later would be better, but takes more registers than there are
+                dv += warpgroup_mma_wait(1, deps=[tile])
+                dk = warpgroup_mma_wait(0, deps=[dk])
+                summed += 1
                 mbarrier.arrive(free.index(stage), count=1)
                 turn += 1
+            if summed > 0:
+                dk_ratio = promote(dk_sum, dk_ratio, dk, DP)
             turn = skip_tiles(ready, free, turn, end, high, BM, STAGES)
     if STORED:
         wait_stored()
     stride_b, stride_h, stride_l, _, _ = strides
     dv *= dv_unit
     store_tile(p_dv, dv, batch, kv_head, start_key, n_keys, stride_b, stride_h, stride_l, D, DP)
-    dk *= dk_unit
+    dk = load_sum(dk_sum, dk_ratio * dk_unit, DP)
+    signs = None
+    if MIX:  # where the sum was
+        signs = reinterpret(dk_sum, gl.bfloat16, [ROWS, ROWS], d_signs.layout)
+        fence_async_shared()
+        mbarrier.expect(signs_ready.index(WHICH), d_signs.block_type.nbytes)
+        load_tile(d_signs, [0, 0], signs_ready.index(WHICH), signs)
+        mbarrier.wait(signs_ready.index(WHICH), 0)
     store_gradient(p_dk, dk, signs, p_cos, p_sin, batch, kv_head, start_key, n_keys, strides, D, DP, MIX, TURNED)
 
 
@@ -237,6 +276,7 @@ def key_gradient_kernel(
     STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     REGISTERS: gl.constexpr,
+    PROMOTION: gl.constexpr,  # tiles of rows that the matrix unit sums for dK; for dV it sums one
 ):
     gl.static_assert(GROUP % BM == 0, "the rows of a tile must share a group's scales")
     gl.static_assert(BM == ROWS or not STORED, "a tile stored is 64 rows of 64 keys")
@@ -247,11 +287,11 @@ def key_gradient_kernel(
     start, _, _, stop = block_span(
         p_span, i_kv // n_kv_heads, start_key, n_queries, n_keys, window, KEYS, BM, CAUSAL, WINDOW, RANGES
     )
-    descriptors = (d_q, d_grad, d_q_columns, d_grad_columns, d_shift, d_delta, d_ratio, d_k, d_v, d_signs)
+    descriptors = (d_q, d_grad, d_q_columns, d_grad_columns, d_shift, d_delta, d_ratio, d_k, d_v)
     tiles = (
         allocate(d_q, STAGES), allocate(d_grad, STAGES), allocate(d_q_columns, STAGES), allocate(d_grad_columns, STAGES),
         allocate(d_shift, STAGES), allocate(d_delta, STAGES), allocate(d_ratio, STAGES) if STORED else None,
-        allocate(d_k, CONSUMERS), allocate(d_v, CONSUMERS), allocate(d_signs, 1) if MIX else None,
+        allocate(d_k, CONSUMERS), allocate(d_v, CONSUMERS),
     )  # fmt: skip
     barriers = ring_barriers(STAGES, CONSUMERS)
     place, lengths, span = (i_kv, start_key, i_kv * heads, heads), (n_queries, n_keys, n_padded), (start, stop)
@@ -259,15 +299,19 @@ def key_gradient_kernel(
     pointers = (p_q_quant_scale, p_k_quant_scale, p_range, p_span, p_group, p_cos, p_sin, p_dk, p_dv)
     strides = (dk_b, dk_h, dk_l, cos_b, cos_l)
     storing = (d_stored, allocate(d_stored, CONSUMERS * BUFFERS) if STORED else None, first_kv * heads)
-    context = (tiles, barriers, place, lengths, span, scalars, pointers, strides, storing)
+    dk_sum = gl.allocate_shared_memory(gl.float32, [CONSUMERS, DP // 8, 512], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    signs_ready = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(signs_ready.index(i), count=1)
+    context = (tiles, barriers, place, lengths, span, scalars, pointers, strides, storing, dk_sum, d_signs, signs_ready)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES)),
-                (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES)),
+                (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES, PROMOTION)),
+                (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES, PROMOTION)),
                 (
                     load_tiles,
-                    (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, MIX, STORED),
+                    (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, STORED),
                 ),
             ],
             [4, 1],
@@ -276,12 +320,12 @@ def key_gradient_kernel(
     else:
         gl.warp_specialize(
             [
-                (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES)),
-                (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES)),
-                (multiply_tiles, (context, 2, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES)),
+                (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES, PROMOTION)),
+                (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES, PROMOTION)),
+                (multiply_tiles, (context, 2, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES, PROMOTION)),
                 (
                     load_tiles,
-                    (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, MIX, STORED),
+                    (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, STORED),
                 ),
             ],
             [4, 4, 1],

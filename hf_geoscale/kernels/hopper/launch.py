@@ -27,6 +27,8 @@ class Ring:
     length: int
     stages: int
     consumers: int
+    promotion: int
+    """Positions that the matrix unit sums before float32 does, a multiple of `length` (docs/sums.md). Of dV it is `length`."""
 
     @property
     def block(self) -> int:
@@ -41,6 +43,7 @@ class Ring:
             "STAGES": self.stages,
             "CONSUMERS": self.consumers,
             "REGISTERS": registers,
+            "PROMOTION": self.promotion // self.length,
             "num_warps": 4,
             "maxnreg": average,
         }
@@ -59,11 +62,11 @@ class Rings:
 # `tiles.TABLE`: one H100 80 GB HBM3, 2026-11-22, torch 2.11, Triton 3.6, causal, one sequence of 16,384 tokens, 32/8 heads, in
 # sustained runs, where the card slows its clock to stay at 700 W.
 TABLE = {
-    64: Rings(Ring(128, 2, 3), Ring(64, 6, 3), Ring(64, 3, 3)),  # 588 | 837 | 816
-    128: Rings(Ring(128, 2, 3), Ring(64, 3, 3), Ring(64, 3, 2)),  # 924 | 1178 | 1000
+    64: Rings(Ring(128, 2, 3, 128), Ring(64, 6, 3, 256), Ring(64, 3, 3, 512)),  # 588 | 837 | 816
+    128: Rings(Ring(128, 2, 3, 128), Ring(64, 3, 3, 64), Ring(64, 3, 2, 256)),  # 924 | 1178 | 1000
 }
 
-QUERY_PRODUCT = {128: Ring(64, 8, 3)}
+QUERY_PRODUCT = {128: Ring(64, 8, 3, 64)}
 """dQ from dS8 in memory, where that can be. Head dimensions without a shape always compute dS for dQ again: at 64 it is faster."""
 
 STORED_BYTES_PER_ENTRY = 34
@@ -93,7 +96,7 @@ def _vectors(x: Tensor, length: int) -> TensorDescriptor:
 
 
 def _signs(call: Call) -> TensorDescriptor | None:
-    return _tiles(call.signs, call.padded_dim, call.padded_dim) if call.signs is not None else None
+    return _tiles(call.signs, ROWS, ROWS) if call.signs is not None else None
 
 
 def _flags(call: Call) -> dict[str, bool | int]:

@@ -77,10 +77,10 @@ def round_pairs(x, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def store_transposed(d_stored, buffer, i_tile, x):
-    """Start storing an accumulator tile (64 keys, 64 rows) as E4M3, row by row. Buffers take turns, store by store."""
+def store_pairs(d_stored, buffer, i_tile, pairs):
+    """Start storing a tile of 64 keys and 64 rows, of `round_pairs`, row by row. Buffers take turns, store by store."""
     tma.store_wait(pendings=BUFFERS - 1)
-    buffer.permute((1, 0)).store(round_pairs(x, ROWS))
+    buffer.permute((1, 0)).store(pairs)
     fence_async_shared()
     start_store(d_stored, [i_tile * ROWS, 0], buffer)
 
@@ -139,13 +139,14 @@ def multiply_tiles(
     start = min(max(row_tile - band + 1, block_start), block_stop)
     stop = min(row_tile + 1, block_stop)
     dq = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
+    unused = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
     turn = skip_tiles(ready, free, gl.to_tensor(0), block_start, start, 1, STAGES)
     for _ in range(start, stop):
         stage = wait_ready(ready, turn, STAGES)
-        dq = warpgroup_mma(
-            ds.index(stage * CONSUMERS + WHICH), k_columns.index(stage).permute((1, 0)), dq, is_async=True
+        tile = warpgroup_mma(
+            ds.index(stage * CONSUMERS + WHICH), k_columns.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True
         )
-        dq = warpgroup_mma_wait(0, deps=[dq])
+        dq += warpgroup_mma_wait(0, deps=[tile])
         mbarrier.arrive(free.index(stage), count=1)
         turn += 1
     skip_tiles(ready, free, turn, stop, block_stop, 1, STAGES)
@@ -157,7 +158,7 @@ def multiply_tiles(
     dq *= (unit / row_factor)[:, None]
     if MIX:
         mbarrier.wait(held, 0)
-    store_gradient(p_dq, dq, signs, p_cos, p_sin, batch, head, start_row, n_queries, strides, D, DP, MIX, TURNED)
+    store_gradient(p_dq, dq, signs.index(0) if MIX else None, p_cos, p_sin, batch, head, start_row, n_queries, strides, D, DP, MIX, TURNED)
 
 
 @DirectKernel
@@ -194,8 +195,10 @@ def query_product_kernel(
     STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     REGISTERS: gl.constexpr,
+    PROMOTION: gl.constexpr,
 ):
     """dQ = dS8·K8 of some heads, one program per block of query rows and query head, 64 rows per warpgroup."""
+    gl.static_assert(PROMOTION == 1, "each tile is summed on its own")
     gl.static_assert(GROUP % ROWS == 0, "the rows of a tile must share a group's scales")
     gl.static_assert(CONSUMERS == 3, "one partition a warpgroup stands below")
     n_blocks = gl.cdiv(n_queries, CONSUMERS * ROWS)

@@ -56,7 +56,7 @@ def load_tiles(
 @gluon.jit
 def multiply_tiles(
     context, WHICH: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    MIX: gl.constexpr, TURNED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGES: gl.constexpr,
+    MIX: gl.constexpr, TURNED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGES: gl.constexpr, PROMOTION: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: dQ of the WHICH-th 64 rows of the block."""
     LOWER: gl.constexpr = WINDOW or RANGES
@@ -89,9 +89,17 @@ def multiply_tiles(
     q, grad = q.index(WHICH), grad.index(WHICH)
     dq = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
     unused = gl.zeros([ROWS, BN], gl.float32, S)
+    unused_sum = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
+    if PROMOTION > 1:
+        tile = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
     mbarrier.wait(held, 0)
     turn = skip_tiles(ready, free, gl.to_tensor(0), block_start, min(start, block_stop), BN, STAGES)
+    summed = 0
     for start_key in range(start, stop, BN):
+        if PROMOTION > 1:
+            if summed == PROMOTION:
+                dq += tile
+                summed = 0
         stage = wait_ready(ready, turn, STAGES)
         s = warpgroup_mma(q, k.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
         dp = warpgroup_mma(grad, v.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
@@ -104,16 +112,23 @@ def multiply_tiles(
         p = gl.exp2(s * factor - shift[:, None])
         dp = warpgroup_mma_wait(0, deps=[dp])
         ds8 = operand(p * (dp * row_factor[:, None] - row_delta[:, None]), BN)
-        dq = warpgroup_mma(ds8, k_columns.index(stage).permute((1, 0)), dq, is_async=True)
-        dq = warpgroup_mma_wait(0, deps=[dq])
+        if PROMOTION > 1:
+            tile = warpgroup_mma(ds8, k_columns.index(stage).permute((1, 0)), tile, use_acc=summed > 0, is_async=True)
+            tile = warpgroup_mma_wait(0, deps=[tile])
+            summed += 1
+        else:
+            tile = warpgroup_mma(ds8, k_columns.index(stage).permute((1, 0)), unused_sum, use_acc=False, is_async=True)
+            dq += warpgroup_mma_wait(0, deps=[tile])
         mbarrier.arrive(free.index(stage), count=1)
         turn += 1
     skip_tiles(ready, free, turn, max(stop, block_start), block_stop, BN, STAGES)
+    if PROMOTION > 1:
+        dq += tile
     unit = query_gradient_unit(
         p_k_quant_scale, p_v_quant_scale, p_group, i_head, kv_head, start_row, n_groups, softmax_scale, GROUP
     )
     dq *= gl.convert_layout(unit / row_factor, gl.SliceLayout(1, accumulator(DP)))[:, None]
-    store_gradient(p_dq, dq, signs, p_cos, p_sin, batch, head, start_row, n_queries, strides, D, DP, MIX, TURNED)
+    store_gradient(p_dq, dq, signs.index(0) if MIX else None, p_cos, p_sin, batch, head, start_row, n_queries, strides, D, DP, MIX, TURNED)
 
 
 @DirectKernel
@@ -160,6 +175,7 @@ def query_gradient_kernel(
     STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     REGISTERS: gl.constexpr,
+    PROMOTION: gl.constexpr,  # tiles of keys that the matrix unit sums
 ):
     gl.static_assert(GROUP % ROWS == 0, "the rows of a tile must share a group's scales")
     gl.static_assert(CONSUMERS == 3, "one partition a warpgroup stands below")
@@ -181,9 +197,9 @@ def query_gradient_kernel(
     context = (tiles, barriers, place, span, scalars, pointers, strides)
     gl.warp_specialize(
         [
-            (multiply_tiles, (context, 0, GROUP, D, DP, BN, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES)),
-            (multiply_tiles, (context, 1, GROUP, D, DP, BN, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES)),
-            (multiply_tiles, (context, 2, GROUP, D, DP, BN, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES)),
+            (multiply_tiles, (context, 0, GROUP, D, DP, BN, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES, PROMOTION)),
+            (multiply_tiles, (context, 1, GROUP, D, DP, BN, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES, PROMOTION)),
+            (multiply_tiles, (context, 2, GROUP, D, DP, BN, STAGES, MIX, TURNED, CAUSAL, WINDOW, RANGES, PROMOTION)),
             (load_tiles, (descriptors, tiles, barriers, place, span, D, BN, STAGES, CONSUMERS, MIX)),
         ],
         [4, 4, 1],

@@ -27,6 +27,10 @@ load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glo
 start_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 """Start storing a tile from shared to global memory: (descriptor, position, source). Renamed, too."""
 
+_memory = gl.shared_memory_descriptor
+reinterpret = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._reinterpret
+"""The same shared memory as something else: (memory, dtype, shape, layout). Renamed, too."""
+
 # functions of scalars and rows that the portable kernels have already
 heaviest_first = gluon.jit(tile.heaviest_first.fn)
 key_span = gluon.jit(tile.key_span.fn)
@@ -105,6 +109,23 @@ def halves(x):
 
 
 @gluon.jit
+def quads(x, COLUMNS: gl.constexpr):
+    """An accumulator tile (64, COLUMNS) as (COLUMNS/8, 512): four registers of each thread lie side by side, thread by thread.
+
+    So it passes through shared memory in 16-byte accesses without a bank conflict.
+    """
+    x = x.reshape([4, 2, 8, COLUMNS // 16, 2, 4, 2]).permute([3, 1, 0, 2, 5, 4, 6])
+    return x.reshape([COLUMNS // 8, 512])
+
+
+@gluon.jit
+def from_quads(x, COLUMNS: gl.constexpr):
+    """The accumulator tile that `quads` took apart."""
+    x = x.reshape([COLUMNS // 16, 2, 4, 8, 4, 2, 2]).permute([2, 1, 3, 0, 5, 4, 6]).reshape([ROWS, COLUMNS])
+    return gl.convert_layout(x, accumulator(COLUMNS), assert_trivial=True)
+
+
+@gluon.jit
 def row_maximum(x):
     """Maximum of each row of a tile (64, 128), halves first: no comparison waits for the one before."""
     left, right = halves(x)
@@ -131,11 +152,33 @@ def row_total(x):
 
 
 @gluon.jit
+def join_halves(left, right):
+    """The accumulator tile that `halves` took apart."""
+    x = gl.join(left, right).permute((0, 2, 1)).reshape([ROWS, 2 * left.shape[1]])
+    return gl.convert_layout(x, accumulator(2 * left.shape[1]), assert_trivial=True)
+
+
+@gluon.jit
+def times_signs(x, signs):
+    """A tile (64, 64), rounded to BF16, times a matrix of ±1 (64, 64) in shared memory: float32."""
+    layout: gl.constexpr = accumulator(64, 16)
+    left = gl.convert_layout(x.to(gl.bfloat16), gl.DotOperandLayout(0, layout, 2), assert_trivial=True)
+    return warpgroup_mma(left, signs, gl.zeros([ROWS, 64], gl.float32, layout), use_acc=False)
+
+
+@gluon.jit
 def mix(x, signs, DP: gl.constexpr, BLOCK: gl.constexpr):
     """Orthonormal Hadamard mix of each BLOCK of the last dimension of an accumulator (64, DP); as `tile.mix`."""
-    layout: gl.constexpr = accumulator(DP, 16)
-    left = gl.convert_layout(x.to(gl.bfloat16), gl.DotOperandLayout(0, layout, 2), assert_trivial=True)
-    return warpgroup_mma(left, signs, gl.zeros([ROWS, DP], gl.float32, layout), use_acc=False) * (BLOCK**-0.5)
+    if DP == 64:
+        x = times_signs(x, signs)
+    else:
+        left, right = halves(x)
+        left = times_signs(gl.convert_layout(left, accumulator(64), assert_trivial=True), signs)
+        right = times_signs(gl.convert_layout(right, accumulator(64), assert_trivial=True), signs)
+        if BLOCK > 64:  # one more butterfly between the two halves
+            left, right = left + right, left - right
+        x = join_halves(left, right)
+    return x * (BLOCK**-0.5)
 
 
 @gluon.jit
@@ -181,7 +224,7 @@ def store_gradient(
     """
     stride_b, stride_h, stride_l, cos_b, cos_l = strides
     if MIX:
-        x = mix(x, signs.index(0), DP, MIX)
+        x = mix(x, signs, DP, MIX)
     if TURNED:
         store_rotated_back(
             p, x, p_cos, p_sin, batch, head, start, n_rows, stride_b, stride_h, stride_l, cos_b, cos_l, D
