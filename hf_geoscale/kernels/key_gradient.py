@@ -10,7 +10,16 @@ import triton.language as tl
 
 from .forward import HIDDEN, cap_logits, logit_unit, round_logits, softmax_factors
 from .launcher import DirectKernel
-from .tile import RESIDUAL_GAIN, add_apart, contraction_order, dropout_keep, heaviest_first, mix, row_bounds, tile_pointers
+from .tile import (
+    RESIDUAL_GAIN,
+    add_apart,
+    contraction_order,
+    dropout_keep,
+    heaviest_first,
+    mix,
+    row_bounds,
+    tile_pointers,
+)
 
 
 @triton.jit

@@ -55,7 +55,7 @@ def add_apart(total, factor, product):
 
     FP8 units keep 13 bits of a sum (docs/sums.md). A compiler makes an addition after `dot` the unit's own, but no `fma`.
     """
-    return tl.fma(total, tl.broadcast_to(factor, total.shape), product)
+    return tl.fma(total, tl.zeros_like(total) + factor, product)
 
 
 @triton.jit

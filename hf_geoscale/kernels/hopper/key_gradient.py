@@ -1,15 +1,21 @@
 """dK and dV on Hopper: one program per block of keys and key/value head, 64 keys per warpgroup. Arithmetic of `..key_gradient`.
 
-The matrix unit keeps 13 bits of a sum of FP8 products (docs/sums.md). So float32 adds up its sums of a tile in dV, in registers. Those
-of dK are of a few tiles, and their sum lies in shared memory: both sums and a tile's own would not fit into the registers.
+For dV the matrix unit sums one tile, and registers sum the tiles in float32. For dK it sums a few tiles, and shared memory holds
+the float32 sum (`promotion`): two sums and a tile of each would not fit into the registers.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from ..launcher import DirectKernel
 from .logit_gradient import BUFFERS, round_pairs, store_pairs, tile_number, wait_stored
+from .promotion import load_sum, promote, quads
 from .shared import (
     HIDDEN,
     ROWS,
@@ -18,9 +24,7 @@ from .shared import (
     heaviest_first,
     load_tile,
     logit_factor,
-    from_quads,
     operand,
-    quads,
     query_span,
     reinterpret,
     ring_barriers,
@@ -99,18 +103,14 @@ def load_tiles(
 
 
 @gluon.jit
-def promote(dk_sum, ratio, dk, DP: gl.constexpr):
-    """Add the matrix unit's dK to the sum in shared memory, times `ratio` first; return the next ratio."""
-    added = quads(dk, DP)
-    dk_sum.store(dk_sum.load(added.type.layout) * ratio + added)
-    return 1.0
-
-
-@gluon.jit
-def load_sum(dk_sum, unit, DP: gl.constexpr):
-    """The sum in shared memory, times `unit`, as an accumulator tile (64, DP)."""
-    layout: gl.constexpr = quads(gl.zeros([ROWS, DP], gl.float32, accumulator(DP)), DP).type.layout
-    return from_quads(dk_sum.load(layout), DP) * unit
+def load_over(memory, descriptor, barrier):
+    """Load the descriptor's tile at (0, 0) to shared memory that this warpgroup alone has read from, and wait for it."""
+    loaded = reinterpret(memory, descriptor.dtype, descriptor.block_type.shape, descriptor.layout)
+    fence_async_shared()
+    mbarrier.expect(barrier, descriptor.block_type.nbytes)
+    load_tile(descriptor, [0, 0], barrier, loaded)
+    mbarrier.wait(barrier, 0)
+    return loaded
 
 
 @gluon.jit
@@ -194,7 +194,8 @@ def multiply_tiles(
                 ds8 = operand(ds, BM)
                 if STORED:
                     pairs = round_pairs(ds * ratio.index(stage).load(ROW)[None, :], BM)
-                tile = warpgroup_mma(p8, grad_columns.index(stage).permute((1, 0)), unused_dv, use_acc=False, is_async=True)
+                grad_tile = grad_columns.index(stage).permute((1, 0))
+                tile = warpgroup_mma(p8, grad_tile, unused_dv, use_acc=False, is_async=True)
                 dk = warpgroup_mma(ds8, q_columns.index(stage).permute((1, 0)), dk, use_acc=summed > 0, is_async=True)
                 if STORED:
                     i_tile = tile_number(
@@ -216,13 +217,7 @@ def multiply_tiles(
     dv *= dv_unit
     store_tile(p_dv, dv, batch, kv_head, start_key, n_keys, stride_b, stride_h, stride_l, D, DP)
     dk = load_sum(dk_sum, dk_ratio * dk_unit, DP)
-    signs = None
-    if MIX:  # where the sum was
-        signs = reinterpret(dk_sum, gl.bfloat16, [ROWS, ROWS], d_signs.layout)
-        fence_async_shared()
-        mbarrier.expect(signs_ready.index(WHICH), d_signs.block_type.nbytes)
-        load_tile(d_signs, [0, 0], signs_ready.index(WHICH), signs)
-        mbarrier.wait(signs_ready.index(WHICH), 0)
+    signs = load_over(dk_sum, d_signs, signs_ready.index(WHICH)) if MIX else None
     store_gradient(p_dk, dk, signs, p_cos, p_sin, batch, kv_head, start_key, n_keys, strides, D, DP, MIX, TURNED)
 
 
@@ -239,7 +234,7 @@ def key_gradient_kernel(
     d_delta,  # (B·Hq·Lp,)
     d_ratio,  # (B·Hq·Lp,), with STORED
     d_stored,  # (tiles · 64, 32) int16, with STORED: dS8 of the heads from those of first_kv on
-    d_signs,  # (DP, DP) bfloat16, with MIX
+    d_signs,  # (64, 64) bfloat16, with MIX
     p_q_quant_scale,
     p_k_quant_scale,
     p_range,  # (B, Lq, 2) int32, with RANGES
@@ -309,25 +304,19 @@ def key_gradient_kernel(
             [
                 (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES, PROMOTION)),
                 (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES, PROMOTION)),
-                (
-                    load_tiles,
-                    (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, STORED),
-                ),
+                (load_tiles, (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, STORED)),
             ],
             [4, 1],
             [REGISTERS, 24],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
                 (multiply_tiles, (context, 0, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES, PROMOTION)),
                 (multiply_tiles, (context, 1, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES, PROMOTION)),
                 (multiply_tiles, (context, 2, GROUP, D, DP, BM, STAGES, MIX, TURNED, STORED, CAUSAL, WINDOW, RANGES, PROMOTION)),
-                (
-                    load_tiles,
-                    (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, STORED),
-                ),
+                (load_tiles, (descriptors, tiles, barriers, place, lengths, span, D, BM, STAGES, CONSUMERS, STORED)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],
-        )
+        )  # fmt: skip

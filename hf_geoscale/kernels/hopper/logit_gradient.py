@@ -143,9 +143,8 @@ def multiply_tiles(
     turn = skip_tiles(ready, free, gl.to_tensor(0), block_start, start, 1, STAGES)
     for _ in range(start, stop):
         stage = wait_ready(ready, turn, STAGES)
-        tile = warpgroup_mma(
-            ds.index(stage * CONSUMERS + WHICH), k_columns.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True
-        )
+        ds_tile, k_tile = ds.index(stage * CONSUMERS + WHICH), k_columns.index(stage).permute((1, 0))
+        tile = warpgroup_mma(ds_tile, k_tile, unused, use_acc=False, is_async=True)
         dq += warpgroup_mma_wait(0, deps=[tile])
         mbarrier.arrive(free.index(stage), count=1)
         turn += 1
@@ -158,7 +157,8 @@ def multiply_tiles(
     dq *= (unit / row_factor)[:, None]
     if MIX:
         mbarrier.wait(held, 0)
-    store_gradient(p_dq, dq, signs.index(0) if MIX else None, p_cos, p_sin, batch, head, start_row, n_queries, strides, D, DP, MIX, TURNED)
+    signs = signs.index(0) if MIX else None
+    store_gradient(p_dq, dq, signs, p_cos, p_sin, batch, head, start_row, n_queries, strides, D, DP, MIX, TURNED)
 
 
 @DirectKernel
@@ -166,7 +166,7 @@ def multiply_tiles(
 def query_product_kernel(
     d_stored,  # descriptors: (tiles · 64, 64) E4M3, of the heads from first_head on
     d_k_columns,  # (B·Hkv·D, Lp), in the order of `tile.paired_row`
-    d_signs,  # (DP, DP) bfloat16, with MIX
+    d_signs,  # (64, 64) bfloat16, with MIX
     p_k_quant_scale,
     p_v_quant_scale,
     p_row_factor,  # (B, Hq, Lq)

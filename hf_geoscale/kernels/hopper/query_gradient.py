@@ -56,7 +56,8 @@ def load_tiles(
 @gluon.jit
 def multiply_tiles(
     context, WHICH: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    MIX: gl.constexpr, TURNED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGES: gl.constexpr, PROMOTION: gl.constexpr,
+    MIX: gl.constexpr, TURNED: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, RANGES: gl.constexpr,
+    PROMOTION: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: dQ of the WHICH-th 64 rows of the block."""
     LOWER: gl.constexpr = WINDOW or RANGES
@@ -96,10 +97,9 @@ def multiply_tiles(
     turn = skip_tiles(ready, free, gl.to_tensor(0), block_start, min(start, block_stop), BN, STAGES)
     summed = 0
     for start_key in range(start, stop, BN):
-        if PROMOTION > 1:
-            if summed == PROMOTION:
-                dq += tile
-                summed = 0
+        if PROMOTION > 1 and summed == PROMOTION:
+            dq += tile
+            summed = 0
         stage = wait_ready(ready, turn, STAGES)
         s = warpgroup_mma(q, k.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
         dp = warpgroup_mma(grad, v.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
@@ -112,12 +112,13 @@ def multiply_tiles(
         p = gl.exp2(s * factor - shift[:, None])
         dp = warpgroup_mma_wait(0, deps=[dp])
         ds8 = operand(p * (dp * row_factor[:, None] - row_delta[:, None]), BN)
+        k_tile = k_columns.index(stage).permute((1, 0))
         if PROMOTION > 1:
-            tile = warpgroup_mma(ds8, k_columns.index(stage).permute((1, 0)), tile, use_acc=summed > 0, is_async=True)
+            tile = warpgroup_mma(ds8, k_tile, tile, use_acc=summed > 0, is_async=True)
             tile = warpgroup_mma_wait(0, deps=[tile])
             summed += 1
         else:
-            tile = warpgroup_mma(ds8, k_columns.index(stage).permute((1, 0)), unused_sum, use_acc=False, is_async=True)
+            tile = warpgroup_mma(ds8, k_tile, unused_sum, use_acc=False, is_async=True)
             dq += warpgroup_mma_wait(0, deps=[tile])
         mbarrier.arrive(free.index(stage), count=1)
         turn += 1
@@ -128,7 +129,8 @@ def multiply_tiles(
         p_k_quant_scale, p_v_quant_scale, p_group, i_head, kv_head, start_row, n_groups, softmax_scale, GROUP
     )
     dq *= gl.convert_layout(unit / row_factor, gl.SliceLayout(1, accumulator(DP)))[:, None]
-    store_gradient(p_dq, dq, signs.index(0) if MIX else None, p_cos, p_sin, batch, head, start_row, n_queries, strides, D, DP, MIX, TURNED)
+    signs = signs.index(0) if MIX else None
+    store_gradient(p_dq, dq, signs, p_cos, p_sin, batch, head, start_row, n_queries, strides, D, DP, MIX, TURNED)
 
 
 @DirectKernel
@@ -139,7 +141,7 @@ def query_gradient_kernel(
     d_k_columns,  # (B·Hkv·D, Lp)
     d_v,  # (B·Hkv·Lk, D)
     d_grad,  # (B·Hq·Lq, D): dO′8
-    d_signs,  # (DP, DP) bfloat16, with MIX
+    d_signs,  # (64, 64) bfloat16, with MIX
     p_q_quant_scale,
     p_k_quant_scale,
     p_v_quant_scale,

@@ -109,23 +109,6 @@ def halves(x):
 
 
 @gluon.jit
-def quads(x, COLUMNS: gl.constexpr):
-    """An accumulator tile (64, COLUMNS) as (COLUMNS/8, 512): four registers of each thread lie side by side, thread by thread.
-
-    So it passes through shared memory in 16-byte accesses without a bank conflict.
-    """
-    x = x.reshape([4, 2, 8, COLUMNS // 16, 2, 4, 2]).permute([3, 1, 0, 2, 5, 4, 6])
-    return x.reshape([COLUMNS // 8, 512])
-
-
-@gluon.jit
-def from_quads(x, COLUMNS: gl.constexpr):
-    """The accumulator tile that `quads` took apart."""
-    x = x.reshape([COLUMNS // 16, 2, 4, 8, 4, 2, 2]).permute([2, 1, 3, 0, 5, 4, 6]).reshape([ROWS, COLUMNS])
-    return gl.convert_layout(x, accumulator(COLUMNS), assert_trivial=True)
-
-
-@gluon.jit
 def row_maximum(x):
     """Maximum of each row of a tile (64, 128), halves first: no comparison waits for the one before."""
     left, right = halves(x)
