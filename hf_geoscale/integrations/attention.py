@@ -19,6 +19,7 @@ from .front_end import look_again
 from .keywords import NOT_HONOURED, keywords_of_losses, parameters, refuse_paged_cache, unknown_keywords
 from .layer import GeoScaleLayer
 from .masks import CONTINUATION_ROWS, is_key_range, visibility_of_call
+from .projections import heads_first
 from .softcap import softcap_attention_forward
 from .spans import refuse_unknown_sequences, scales_spans, with_scaled_spans
 
@@ -214,17 +215,20 @@ def geoscale_attention_forward(
     cannot be honoured exactly raises UnsupportedAttentionError, or runs on SDPA, counted, with fallback="sdpa". SDPA has no soft
     cap: calls with one run in plain PyTorch instead (`softcap_attention_forward`). `rotary`, `qk_norm`, `packed` and `traced` come
     from the forwards of `front_end`: query and key are yet to be normalised and rotated; query, key and value are views of one
-    tensor, or of one each; and a compiler wrote down that forward earlier.
+    tensor, or of one each; and a compiler wrote down that forward earlier. A traced call has `packed` in their place.
 
     Raises:
         UnsupportedModelError: the module was never patched.
         UnsupportedAttentionError: a mask or option FP8 attention does not have.
         ValueError: an empty sequence, or cumulative lengths that are not of this batch.
     """
-    layer, (batch, _, rows, _), keys = _layer_of(module), query.shape, key.shape[2]
-    scaling = layer.site.softmax_scale if scaling is None else scaling
+    layer = _layer_of(module)
     if traced:
         _refuse_changed(module, layer)
+        if packed is not None:
+            query, key, value = heads_first(packed, cast(int, module.head_dim))
+    (batch, _, rows, _), keys = query.shape, key.shape[2]
+    scaling = layer.site.softmax_scale if scaling is None else scaling
     # a fused forward takes no keyword that is not known
     unknown = _unknown_to(layer, kwargs, sliding_window) if rotary is None and packed is None else None
     if rows != keys:

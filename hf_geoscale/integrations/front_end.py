@@ -23,7 +23,7 @@ from . import recognition
 from .implementation import notice_another
 from .keywords import CACHE_NAMES, cache_of, unknown_keywords
 from .layer import GeoScaleLayer
-from .projections import is_bare, project
+from .projections import heads_first, is_bare, project
 from .refresh import RefreshGroup
 from .upstream import warn_of_missing
 
@@ -54,10 +54,18 @@ def _is_only_filled(attention: Any, past: Any) -> bool:
     return past.get_seq_length(attention.layer_idx) == 0
 
 
-def _attend(attention: Any, operands: Iterable[Tensor], mask: Tensor | None, **options) -> Tensor:
-    """O of q, k and v (B, L, H, D), as (B, L, Hq·D)."""
-    heads_first = [x.transpose(1, 2) for x in operands]
-    out, _ = ALL_ATTENTION_FUNCTIONS[NAME](attention, *heads_first, mask, **options)
+def _attend(attention: Any, heads: Any, mask: Tensor | None, packed: Any, traced: bool = False, **options) -> Tensor:
+    """O, (B, L, Hq·D), of q, k and v (B, H, L, D), or where these are None of their projections, `packed`.
+
+    A traced call ends the compiler's graph with the projections, and the attention function views them by heads. A graph that
+    gave a projection and a view of it would make torch 2.9 to 2.13 read freed memory (docs/freed_memory.md).
+    """
+    if heads is None:
+        if not traced:
+            heads = heads_first(packed, attention.head_dim)
+        else:
+            heads = packed if type(packed) is tuple else (packed, packed, packed)
+    out, _ = ALL_ATTENTION_FUNCTIONS[NAME](attention, *heads, mask, packed=packed, traced=traced, **options)
     return out.flatten(2)
 
 
@@ -165,22 +173,21 @@ class LlamaForward(FusedForward):
 
     def fused(self, hidden_states: Tensor, past: Any, **kwargs) -> Tensor:
         module, mask = self.attention, kwargs.pop("attention_mask", None)
-        shape = (*hidden_states.shape[:-1], -1, module.head_dim)
         rows: Any = project(hidden_states, (module.q_proj, module.k_proj, module.v_proj))
-        query, key, value = rows[0].view(shape), rows[1].view(shape), rows[2].view(shape)
-        qk_norm = None
+        heads = qk_norm = None
         if self.normalises:
             qk_norm = _qk_norm(module)
             if qk_norm is None:
-                query, key, rows = module.q_norm(query), module.k_norm(key), None
+                query, key, value = heads_first(rows, module.head_dim)
+                heads, rows = (module.q_norm(query), module.k_norm(key), value), None
         rotary = _halves(kwargs.pop("position_embeddings"))
         if past is not None:
+            _, key, value = heads or heads_first(rows, module.head_dim)
             keys = key if qk_norm is None else rms_norm(key, *qk_norm[1:]).to(key.dtype)
-            past.update(rotate(keys.transpose(1, 2), *rotary), value.transpose(1, 2), module.layer_idx)
+            past.update(rotate(keys, *rotary), value, module.layer_idx)
         kwargs["dropout"] = module.attention_dropout if module.training else 0.0
-        kwargs |= {"scaling": module.scaling, "sliding_window": self.window(), "rotary": rotary}
-        kwargs |= {"qk_norm": qk_norm, "packed": rows}
-        return module.o_proj(_attend(module, (query, key, value), mask, **kwargs))
+        kwargs |= {"scaling": module.scaling, "sliding_window": self.window(), "rotary": rotary, "qk_norm": qk_norm}
+        return module.o_proj(_attend(module, heads, mask, rows, **kwargs))
 
 
 class MistralForward(LlamaForward):
@@ -213,12 +220,11 @@ class GPT2Forward(FusedForward):
         for name in ("cache_position", "encoder_hidden_states", "encoder_attention_mask", "output_attentions"):
             kwargs.pop(name, None)  # the original does not pass them on either
         packed = module.c_attn(hidden_states)
-        parts = packed.unflatten(2, (-1, module.head_dim)).split(module.num_heads, dim=2)
         if past is not None:
-            past.update(parts[1].transpose(1, 2), parts[2].transpose(1, 2), module.layer_idx)
-        kwargs |= {"dropout": module.attn_dropout.p if module.training else 0.0, "packed": packed}
+            past.update(*heads_first(packed, module.head_dim)[1:], module.layer_idx)
+        kwargs["dropout"] = module.attn_dropout.p if module.training else 0.0
         kwargs["scaling"] = getattr(module, "scaling", None)  # since transformers 5.4; the layer knows it before
-        return module.resid_dropout(module.c_proj(_attend(module, parts, mask, **kwargs)))
+        return module.resid_dropout(module.c_proj(_attend(module, None, mask, packed, **kwargs)))
 
 
 FORWARDS: dict[str, type[FusedForward]] = {

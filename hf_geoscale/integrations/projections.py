@@ -88,6 +88,16 @@ def project(
     return _Projections.apply(hidden_states, *parameters)
 
 
+def heads_first(
+    projected: Any,  # (B, L, 3·H·D), or a tuple of three (B, L, H·D)
+    dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as views of what projections gave, (B, H, L, D) each."""
+    query, key, value = projected if type(projected) is tuple else projected.chunk(3, dim=-1)
+    shape = (*query.shape[:-1], -1, dim)
+    return query.view(shape).transpose(1, 2), key.view(shape).transpose(1, 2), value.view(shape).transpose(1, 2)
+
+
 def _together(hidden_states: Tensor, modules: Sequence[nn.Module]) -> bool:
     """Whether nothing but autograd has to see the products: no adapter, hook, quantisation, autocast or compiler."""
     if not hidden_states.requires_grad or type(hidden_states) is not Tensor or nn.Linear.forward is not _LINEAR_FORWARD:

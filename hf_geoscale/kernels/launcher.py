@@ -85,6 +85,7 @@ class _Compiled(NamedTuple):
     function: Any
     metadata: Any
     constants: tuple  # compile-time arguments after the positional ones
+    owner: Any  # Triton's compiled kernel, which from 3.9 on unloads `function` when it goes
 
 
 class Launched(NamedTuple):
@@ -166,7 +167,7 @@ class DirectKernel:
             return
         if len(self._known) >= CAPACITY:
             self._known.clear()
-        self._known[key] = _Compiled(run, function, metadata, tuple(options[p.name] for p in rest))
+        self._known[key] = _Compiled(run, function, metadata, tuple(options[p.name] for p in rest), compiled)
 
 
 _fields: dict[tuple, tuple[type, dict[str, Any]]] = {}  # of descriptors, without their base

@@ -140,6 +140,7 @@ class _Launch:
 
     def __init__(self, launched: Launched, memory: _Memory):
         self.launch, self.arguments = launcher.repeatable(launched)
+        self.owner = launched.compiled.owner  # keeps the code loaded, also where Triton forgets it
         self.pointers: list[tuple[int, int, int]] = []  # place among the arguments, slot, byte
         self.descriptors: list[tuple[int, int, int, Callable[[int], Any], dict[int, Any]]] = []
         for place, x in enumerate(self.arguments):

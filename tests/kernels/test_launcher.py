@@ -20,13 +20,14 @@ pytestmark = pytest.mark.skipif(not TRITON_INSTALLED, reason="needs Triton")
 
 # Compiles for a Hopper GPU that is not there, and records what its driver is given.
 SCRIPT = '''
+import gc
 import itertools
 import torch, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 from hf_geoscale.kernels import launcher
 
-launches, loaded = [], itertools.count(1)
+launches, loaded, unloaded = [], itertools.count(1), []
 
 
 class Launcher:
@@ -39,6 +40,7 @@ class Driver:
     class utils:
         def get_device_properties(device): return {"max_shared_mem": 2**17}
         def load_binary(*_): return "module", next(loaded), 0, 0, 1024
+        def unload_module(module): unloaded.append(module)  # from Triton 3.9 on
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
     def get_current_device(self): return self.device
     def get_current_stream(self, device): return 7
@@ -94,6 +96,11 @@ except AssertionError as error:
     assert "16-byte aligned" in str(error)
 else:
     raise SystemExit("an unaligned base was taken")
+
+kernel.kernel.device_caches.clear()  # as a reload of Triton's driver does
+gc.collect()
+launched(True, *calls[0])
+assert not unloaded, "a kernel that is still launched was unloaded"
 
 kept = dict(kernel._known)
 Driver.device = 1

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import ref
 
 import pytest
 import torch
@@ -178,6 +179,23 @@ class TestRepeated:
         call(torch.ones(1), 1)
         assert self.ran == 3 * replay.SIGNATURES
 
+    def test_the_code_of_a_plan_stays_loaded(self, followed):
+        """Triton unloads a kernel with the object that it made for it, and a plan has a bare handle."""
+        from hf_geoscale.kernels import launcher, replay
+
+        class Owner:
+            """Triton's compiled kernel."""
+
+        followed.setattr(launcher, "repeatable", lambda _: (None, []))
+        owner = Owner()
+        known = ref(owner)
+        launched = SimpleNamespace(compiled=SimpleNamespace(owner=owner))
+        launch = replay._Launch(launched, replay._Memory([], (), {}))
+        del launched, owner
+        assert known() is not None
+        del launch
+        assert known() is None
+
     def test_addresses_of_a_descriptor_are_few(self, followed):
         from hf_geoscale.kernels import launcher, replay
 
@@ -187,7 +205,8 @@ class TestRepeated:
         followed.setattr(
             launcher, "repeatable", lambda _: (lambda stream, arguments: given.append(arguments), [described, 5])
         )
-        launch = replay._Launch(None, replay._Memory([described.base], (), {}))
+        launched = SimpleNamespace(compiled=SimpleNamespace(owner=None))
+        launch = replay._Launch(launched, replay._Memory([described.base], (), {}))
         for address in (512, 1024, 512, 1024):
             launch(7, [address])
         assert given == [[("map", a), 5] for a in (512, 1024, 512, 1024)]
