@@ -69,6 +69,16 @@ def matrix_unit_error(dim: int) -> float:
     return math.sqrt(dim / 3) * 2.0**-13
 
 
+COHERENT_ERROR = 0.005
+"""Relative error of O and dV where rows attend nearly evenly, and values and gradients have a mean. A goal. Roundings of
+like terms average out there, and BF16 rounds the result by 2⁻⁹/√3 = .001 to .002: the rest is for the sums.
+"""
+
+OVER_SPECIFICATION = 1.1
+"""Largest ratio of a kernel's error and the specification's on the same input, both against float64. A goal: sums add less
+than a tenth to the cost of E4M3.
+"""
+
 FRAGILITY_FLOAT32 = 2.0**-14
 """Relative error of fragility quantities against float64: norms and products in float32 of sums of at most 10⁴ terms, whose
 round-off grows like √n·2⁻²⁴ = 2⁻¹⁷, times about eight such factors."""

@@ -1,6 +1,8 @@
 """FP8 attention, forward and backward, in plain PyTorch: the specification of the fused kernels, and the CPU default.
 
-FP8 values are real FP8 tensors; they are multiplied as float32, which is exact, so only the order of accumulation is open.
+FP8 values are real FP8 tensors, multiplied as float32, which is exact. Every sum is a float32 sum: over channels (S,
+dP), over keys (O, dQ) and over rows (dK, dV). Only the order of a sum is open. Hopper's FP8 matrix unit keeps 13 bits:
+docs/sums.md says how many products a kernel may add there.
 Work goes by blocks of `visibility.ROW_BLOCK` query rows: memory is linear in the sequence length. A group's query heads are folded
 into the rows of its key/value head (G·R rows), so keys are never repeated. Rounding points, in order:
 
