@@ -37,10 +37,10 @@ def hadamard(
 @lru_cache(maxsize=64)
 def hadamard_signs(width: int, block: int, device: torch.device) -> Tensor:
     """Block-diagonal matrix of ±1 (0 off the blocks), (width, width) bfloat16: what the fused kernels multiply by."""
-    index = torch.arange(width)
-    bits = index[:, None] & index[None, :]
+    block, index = min(block, width), torch.arange(width)
+    inside = index % block  # each block is the same matrix: a kernel may take a part of them
+    bits = inside[:, None] & inside[None, :]
     for shift in (4, 2, 1):
         bits ^= bits >> shift
     signs = 1 - 2 * (bits & 1)
-    block = min(block, width)
     return (signs * (index[:, None] // block == index[None, :] // block)).to(device=device, dtype=torch.bfloat16)

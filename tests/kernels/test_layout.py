@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_geoscale.kernels import Visibility, hadamard, key_range_of_block
-from hf_geoscale.kernels.hadamard import hadamard_block
+from hf_geoscale.kernels.hadamard import hadamard_block, hadamard_signs
 from hf_geoscale.kernels.visibility import ROW_BLOCK
 
 
@@ -17,6 +17,30 @@ def test_hadamard_is_an_orthonormal_involution(dim):
     spike = hadamard(torch.eye(dim)[0])
     assert int((spike != 0).sum()) == hadamard_block(dim)
     assert spike.abs().max() == hadamard_block(dim) ** -0.5
+
+
+@pytest.mark.parametrize("block", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_signs_are_the_same_matrix_in_every_block(width, block):
+    """The Hopper kernels load the first 64 × 64 of them alone."""
+    block = min(block, width)
+    signs = hadamard_signs(width, block, torch.device("cpu")).float()
+    one = hadamard(torch.eye(block)) * block**0.5
+    torch.testing.assert_close(signs, torch.block_diag(*[one] * (width // block)))
+
+
+@pytest.mark.parametrize("dim", [40, 48, 64, 72, 80, 96, 112, 128])
+def test_a_mix_by_halves_is_the_whole_mix(dim):
+    """As `hopper.shared.mix` does it: each half times the same 64 × 64 signs, and one more butterfly for blocks of 128."""
+    padded, block = 64 if dim <= 64 else 128, hadamard_block(dim)
+    signs = hadamard_signs(padded, block, torch.device("cpu"))[:64, :64].float()
+    x = torch.randn(5, padded, generator=torch.Generator().manual_seed(0))
+    x[:, dim:] = 0
+    parts = [half @ signs for half in x.split(64, dim=1)]
+    if block > 64:
+        left, right = parts
+        parts = [left + right, left - right]
+    torch.testing.assert_close(torch.cat(parts, 1)[:, :dim] * block**-0.5, hadamard(x[:, :dim]))
 
 
 def test_hadamard_rows_do_not_depend_on_their_batch():
