@@ -22,9 +22,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from host import environment
 from planted_faults import PLANTS
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -40,7 +42,6 @@ LENGTHS = 12
 """Lengths that a thread repeats, so that plans are met again; one in four calls has a new one."""
 
 VOCABULARY = 64
-
 MODEL_EVERY = 40
 """Calls of one thread between two models."""
 
@@ -65,10 +66,6 @@ def model_of(family: str) -> torch.nn.Module:
         sizes |= {"intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 64}
         model = LlamaForCausalLM(LlamaConfig(**sizes)) if family == "llama" else Qwen3ForCausalLM(Qwen3Config(**sizes))
     return model.to(DEVICE, torch.bfloat16).train()
-
-
-def bits(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous().view(torch.uint8)
 
 
 def draw_call(draw: random.Random, rows: int) -> dict[str, Any]:
@@ -101,7 +98,6 @@ def attend(call: dict[str, Any]) -> list[Tensor | None]:
     def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.rand(shape, generator=generator).to(DEVICE, dtype)
 
-    leaves: list[Tensor]
     if kind == "packed":
         leaves = [tensor(batch, call["rows"], sum(counts) * dim).requires_grad_()]
         operands = leaves[0].unflatten(2, (-1, dim)).transpose(1, 2).split(counts, dim=1)
@@ -171,9 +167,11 @@ class Stress:
         try:
             if self.stubs is not None:
                 self.stubs.launches.made.clear()
-            results = [bits(x) for x in attend(call)]
+            results = attend(call)
             if self.stubs is None:
-                return [None if x is None else x.cpu().numpy().tobytes() for x in results]
+                return [
+                    None if x is None else x.cpu().contiguous().view(torch.uint8).numpy().tobytes() for x in results
+                ]
             return [(x.grid, x.function, [plain(a) for a in x.arguments]) for x in self.stubs.launches.made]
         finally:
             launcher._FOLLOWED = followed
@@ -270,8 +268,11 @@ def stress(minutes: float, seed: int, threads: int, plant: Callable[[], None] | 
     workers = [threading.Thread(target=shared.run, args=(n,), daemon=True) for n in range(threads)]
     for worker in workers:
         worker.start()
-    if plant is not None:
-        plant()
+    try:
+        if plant is not None:
+            plant()
+    except RuntimeError as error:
+        shared.errors.insert(0, error)
     for worker in workers:
         worker.join()
     if shared.errors:
@@ -286,9 +287,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=3)
     parser.add_argument("--plant", choices=sorted(PLANTS), help="a fault on purpose, which must be noticed")
+    parser.add_argument("--output", type=Path, help="Markdown file to add a line to")
     arguments = parser.parse_args()
-    plant = PLANTS[arguments.plant] if arguments.plant else None
-    print(stress(arguments.minutes, arguments.seed, arguments.threads, plant))
+    done = stress(arguments.minutes, arguments.seed, arguments.threads, PLANTS.get(arguments.plant))
+    print(done)
+    if arguments.output:
+        with arguments.output.open("a") as page:
+            page.write(f"- {arguments.minutes:g} minutes, {', '.join(environment().values())}: {done}\n")
 
 
 if __name__ == "__main__":
