@@ -183,12 +183,12 @@ def time_one(make, shape: Shape) -> tuple[dict[str, list[float]], dict[str, int]
     return times, tried
 
 
-def measure(model: str, lengths: list[int]) -> tuple[list[dict], dict[str, str]]:
-    """Rows of times of a model, and why an implementation has none."""
+def measure(model: str, lengths: list[int]) -> tuple[list[dict], dict[str, str], dict[str, str]]:
+    """Rows of times of a model, why an implementation has none, and what is wrong with some that have."""
     rows: list[dict] = []
     heads, kv_heads, dim, window = MODELS[model]
     print(model, flush=True)
-    allowed, not_timed = correct(Shape(1, 0, heads, kv_heads, dim, window), CONTENDERS)
+    allowed, not_timed, faults = correct(Shape(1, 0, heads, kv_heads, dim, window), CONTENDERS)
     for length in lengths:
         shape = Shape(max(TOKENS // length, 1), length, heads, kv_heads, dim, window)
         flops = 4 * shape.batch * heads * visible_logits(shape) * dim
@@ -202,7 +202,7 @@ def measure(model: str, lengths: list[int]) -> tuple[list[dict], dict[str, str]]
             rows.append(row | {"gate_errors": errors} | ({"plans_tried": tried} if tried else {}))
             print(f"{model} L{length}: {name}: { {k: round(v[1], 3) for k, v in times.items()} }", flush=True)
             torch.cuda.empty_cache()
-    return rows, not_timed
+    return rows, not_timed, faults
 
 
 def run(arguments: argparse.Namespace) -> list[dict]:
@@ -217,9 +217,9 @@ def run(arguments: argparse.Namespace) -> list[dict]:
         before = next((r["environment"] for r in records if r["model"] == model and "environment" in r), None)
         if before is not None and all(before[key] == host[key] for key in ("gpu", "commit")):
             continue
-        rows, not_timed = measure(model, arguments.lengths)
+        rows, not_timed, faults = measure(model, arguments.lengths)
         records = [r for r in records if r["model"] != model]
-        records += [{"model": model, "environment": host, "not_timed": not_timed}, *rows]
+        records += [{"model": model, "environment": host, "not_timed": not_timed, "faults": faults}, *rows]
         if path:
             path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return records

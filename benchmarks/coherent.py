@@ -135,8 +135,16 @@ def exact(
     bounds: Tensor,  # (B or 1, L, 2), of `spans`
     softmax_scale: float | None = None,
     softcap: float | None = None,
+    keep: Callable[[slice, slice], Tensor] | None = None,
+    survival: float = 1.0,
 ) -> list[Tensor]:
-    """O, dQ, dK, dV of dense attention in float64, by blocks of rows; a row that sees nothing gives 0."""
+    """O, dQ, dK, dV of dense attention in float64, by blocks of rows; a row that sees nothing gives 0.
+
+    Args:
+        keep: which probabilities of some rows and keys dropout leaves, (B, Hq, R, K) bool. The slice of keys starts at a
+            multiple of 4.
+        survival: probability to be left.
+    """
     batch, heads, length, dim = q.shape
     kv_heads, n_keys = k.shape[1:3]
     groups = (kv_heads, heads // kv_heads)
@@ -147,9 +155,9 @@ def exact(
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     rows_at_once = max(min(length, BLOCK_ENTRIES // (batch * heads * n_keys)), 1)
     for start in range(0, length, rows_at_once):
-        rows = slice(start, start + rows_at_once)
+        rows = slice(start, min(start + rows_at_once, length))
         first, last = bounds[:, rows, :1], bounds[:, rows, 1:]
-        low, high = int(first.amin()), int(last.amax())
+        low, high = int(first.amin()) // 4 * 4, int(last.amax())
         if low >= high:
             continue
         keys = slice(low, high)
@@ -160,11 +168,12 @@ def exact(
             logits = softcap * (logits / softcap).tanh()
         slope = 1.0 if softcap is None else 1 - (logits / softcap).square()
         p = logits.masked_fill_(~visible, -torch.inf).softmax(-1).nan_to_num_()
-        out[..., rows, :] = p @ v[..., keys, :]
+        left = 1.0 if keep is None else keep(rows, keys).unflatten(1, groups).double() / survival
+        out[..., rows, :] = (p * left) @ v[..., keys, :]
         given = grad[..., rows, :]
         delta = (given * out[..., rows, :]).sum(-1, keepdim=True)
-        dv[..., keys, :] += (p.mT @ given).sum(2, keepdim=True)
-        ds = (given @ v[..., keys, :].mT).sub_(delta).mul_(p).mul_(slope).mul_(scale)
+        dv[..., keys, :] += ((p * left).mT @ given).sum(2, keepdim=True)
+        ds = (given @ v[..., keys, :].mT).mul_(left).sub_(delta).mul_(p).mul_(slope).mul_(scale)
         dq[..., rows, :] = ds @ k[..., keys, :]
         dk[..., keys, :] += (ds.mT @ q[..., rows, :]).sum(2, keepdim=True)
     return [out.flatten(1, 2), dq.flatten(1, 2), dk[:, :, 0], dv[:, :, 0]]

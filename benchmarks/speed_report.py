@@ -37,20 +37,21 @@ def to_markdown(records: list[dict]) -> str:
             cells.append(f"{rival['ms']['whole both'][1] / both:.2f}" if rival and both else "–")
             cells.append(", ".join(f"{error:.3f}".lstrip("0") for error in row["gate_errors"].values()))
             lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", *_footnotes([r for r in rows if r["model"] == model], header.get("not_timed", {}))]
+        lines += ["", *_footnotes([r for r in rows if r["model"] == model], header)]
     return "\n".join(lines)
 
 
-def _footnotes(rows: list[dict], not_timed: dict[str, str]) -> list[str]:
-    """Of a model's table: how many plans were tried, and what is missing."""
+def _footnotes(rows: list[dict], header: dict) -> list[str]:
+    """Of a model's table: how many plans were tried, what is missing, and what is wrong."""
     lines = []
     for name in dict.fromkeys(row["name"] for row in rows if row.get("plans_tried")):
         tried = [row["plans_tried"] for row in rows if row["name"] == name and row.get("plans_tried")]
         counts = {key: sorted({x[key] for x in tried if key in x}) for key in ("forward", "backward")}
         words = (f"{key} {'–'.join(map(str, (x[0], x[-1]) if len(x) > 1 else x))}" for key, x in counts.items() if x)
         lines += [f"{name}: the fastest of its plans at each length, of {', '.join(words)}.", ""]
-    if not_timed:
-        lines += ["Not timed: " + "; ".join(f"{name} ({reason})" for name, reason in not_timed.items()) + ".", ""]
+    for words, key in (("Not timed", "not_timed"), ("Timed, but wrong where sums grow (docs/sums.md)", "faults")):
+        if header.get(key):
+            lines += [f"{words}: " + "; ".join(f"{name} ({reason})" for name, reason in header[key].items()) + ".", ""]
     return lines
 
 

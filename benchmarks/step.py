@@ -24,13 +24,14 @@ from step_gate import (
     GATE_LENGTH,
     FirstStep,
     Tolerance,
+    coherent,
     first_step,
     loss_difference,
     tolerance,
     wrong_in_detail,
     wrong_in_full,
 )
-from step_models import CONTENDERS, SHAPES, Contender, build, compile_layers, contend, vocabulary
+from step_models import CONTENDERS, SHAPES, Contender, build, compile_layers, contend, counters, vocabulary
 from step_report import plot, to_markdown
 from step_timing import (
     BLOCK,
@@ -45,8 +46,6 @@ from step_timing import (
 )
 from torch import Tensor
 
-from hf_geoscale.integrations import geoscale_layers
-
 SETTINGS = {  # gradient checkpointing, torch.compile
     "checkpointing": (True, False),
     "plain": (False, False),
@@ -58,6 +57,8 @@ MODELS = ("Llama-3-8B", "Llama-3.2-1B", "Mistral-7B")
 LAST = "Mistral-7B"  # without a window it is the first under another name: after everything else
 DEFAULT_CONTENDERS = ("SDPA cuDNN", "SDPA flash", "Liger + SDPA cuDNN", "hf_geoscale")
 ANY_SDPA = "SDPA"  # joins where there is a window, whose dense mask flash does not take and cuDNN may not
+COHERENT = "on repeated tokens, "
+"""Before what was wrong there."""
 LONGER = 2.5
 """Seconds of a configuration of twice the length over this one's, at most (tokens twice, attention's share four times)."""
 
@@ -92,17 +93,6 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, (torch.cuda.OutOfMemoryError, OutOfMemory)):
         return "out of memory"
     return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-
-
-def counters(contender: Contender) -> dict[str, int]:
-    """Of all layers and steps: calls in FP8, those with the fused front end, calls on SDPA, overflows."""
-    layers = geoscale_layers(contender.model)
-    return {
-        "calls": sum(layer.calls for layer in layers),
-        "front_end_calls": sum(layer.front_end_calls for layer in layers),
-        "fallback_calls": sum(layer.delegated.total() for layer in layers),
-        "overflows": sum(layer.statistics.overflows for layer in layers),
-    }
 
 
 class Comparison:
@@ -151,7 +141,21 @@ class Comparison:
 
     def gate(self) -> Tolerance | None:
         """Drop every contender that is not right; None if there is no SDPA to compare with."""
-        short = self.ids[:, :GATE_LENGTH]
+        allowed: dict[str, Tolerance] = {}
+        inputs = {"": self.ids, COHERENT: coherent(self.ids)}
+        for words, ids in inputs.items():
+            found = self._gate_in_detail(ids[:, :GATE_LENGTH], words)
+            if found is None:
+                return None
+            allowed[words] = found
+        if self.compiled:
+            for contender in self.contenders.values():
+                compile_layers(contender.model)
+        for words, ids in inputs.items():
+            self._gate_in_full(ids, words, allowed[words])
+        return allowed[""]
+
+    def _gate_in_detail(self, short: Tensor, words: str) -> Tolerance | None:
         steps = self.first_steps(short, details=True)
         rival = next((name for name in steps if name.startswith("SDPA")), None)
         if rival is None:
@@ -164,23 +168,22 @@ class Comparison:
         allowed = tolerance(specification, steps[rival])
         for name, step in steps.items():
             if reason := wrong_in_detail(step, steps[rival], allowed):
-                self.drop(name, f"wrong: {reason}")
+                self.drop(name, f"wrong: {words}{reason}")
         del specification, steps
         release()
-        if self.compiled:
-            for contender in self.contenders.values():
-                compile_layers(contender.model)
-        steps = self.first_steps(self.ids, details=False)
-        rival = next((name for name in steps if name.startswith("SDPA")), None)
-        for name, step in steps.items():
-            self.first[name] = {"loss": step.loss, "norm": step.norm}
-            if rival:
-                self.first[name]["token_losses"] = loss_difference(step, steps[rival])
-            if rival and (reason := wrong_in_full(step, steps[rival], allowed)):
-                self.drop(name, f"wrong: {reason}")
-        most = allowed.mean_loss(self.ids.shape[1] - 1)
-        self.first["allowed"] = {"loss": most, "token_losses": allowed.loss, "norm": allowed.norm}
         return allowed
+
+    def _gate_in_full(self, ids: Tensor, words: str, allowed: Tolerance) -> None:
+        steps = self.first_steps(ids, details=False)
+        rival = next((name for name in steps if name.startswith("SDPA")), None)
+        first = {name: {"loss": step.loss, "norm": step.norm} for name, step in steps.items()}
+        for name, step in steps.items() if rival else ():
+            first[name]["token_losses"] = loss_difference(step, steps[rival])
+            if reason := wrong_in_full(step, steps[rival], allowed, independent=not words):
+                self.drop(name, f"wrong: {words}{reason}")
+        if not words:
+            most = allowed.mean_loss(ids.shape[1] - 1)
+            self.first = first | {"allowed": {"loss": most, "token_losses": allowed.loss, "norm": allowed.norm}}
 
     def measure(self) -> None:
         """Fill `times`, contenders taking turns."""

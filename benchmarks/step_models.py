@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_geoscale import patch_model
+from hf_geoscale.integrations import geoscale_layers
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,17 @@ def contend(name: str, base: PreTrainedModel, checkpointing: bool, **overrides) 
     else:
         model.set_attn_implementation(ATTENTIONS[name])
     return Contender(name, model, ours, replaced)
+
+
+def counters(contender: Contender) -> dict[str, int]:
+    """Of all layers and steps: calls in FP8, those with the fused front end, calls on SDPA, overflows."""
+    layers = geoscale_layers(contender.model)
+    return {
+        "calls": sum(layer.calls for layer in layers),
+        "front_end_calls": sum(layer.front_end_calls for layer in layers),
+        "fallback_calls": sum(layer.delegated.total() for layer in layers),
+        "overflows": sum(layer.statistics.overflows for layer in layers),
+    }
 
 
 def compile_layers(model: PreTrainedModel) -> None:

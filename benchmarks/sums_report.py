@@ -132,6 +132,8 @@ def of_forms(found: dict[tuple, Record]) -> list[str]:
 
 
 def records_part(records: list[Record]) -> str:
+    if not records:
+        return "No records."
     found = latest(records)
     dims = sorted({k[3] for k in found}, reverse=True)
     lines = [

@@ -48,7 +48,7 @@ class Candidate:
         return [out, *torch.autograd.grad(out, self.leaves, self.grad.to(out.dtype))]
 
 
-def fp8(gate, window: int = 50, factor: float = 1.0, **options):
+def fp8(gate, window: int | None = 50, factor: float = 1.0, **options):
     def attend(q, k, v):
         scales = {f"{n}_quant_scale": factor * gate.quant_scale(x) for n, x in (("q", q), ("k", k), ("v", v))}
         return fp8_attention(q, k, v, **scales, window=window, backend="reference", **options)
@@ -108,6 +108,7 @@ def test_what_cannot_run_is_said(gate, problem):
 def test_an_odd_length_drops_what_is_wrong_and_keeps_what_does_not_run(gate, monkeypatch, capsys):
     monkeypatch.setattr(gate, "GATE_LENGTH", 64)
     monkeypatch.setattr(gate, "ODD_LENGTHS", (67,))
+    monkeypatch.setattr(gate, "COHERENT_LENGTHS", ())
     shape = sys.modules["rivals"].Shape(1, 0, 4, 2, 64)
 
     def causal(q, k, v):
@@ -122,11 +123,39 @@ def test_an_odd_length_drops_what_is_wrong_and_keeps_what_does_not_run(gate, mon
         return causal(q, k, v) * (1 + q.shape[2] % 8)
 
     contenders = {name: Candidate(x) for name, x in (("a BF16", causal), ("b BF16", refuses), ("c BF16", garbles))}
-    found, reasons = gate.correct(shape, contenders, "cpu")
+    found, reasons, faults = gate.correct(shape, contenders, "cpu")
+    assert faults == {}
     assert list(found) == ["a BF16", "b BF16"]
     assert list(reasons) == ["c BF16"]
     assert "at 67 tokens" in reasons["c BF16"]
     assert "b BF16, 67 tokens: RuntimeError: odd" in capsys.readouterr().out
+
+
+def test_sums_that_are_too_short_drop_ours_and_are_said_of_others(gate, monkeypatch):
+    monkeypatch.setattr(gate, "GATE_LENGTH", 64)
+    monkeypatch.setattr(gate, "ODD_LENGTHS", (67,))
+    monkeypatch.setattr(gate, "COHERENT_LENGTHS", (256,))
+    shape = sys.modules["rivals"].Shape(1, 0, 2, 1, 64)
+
+    def short_sums(q, k, v):
+        """A twentieth of sums of more than 100 terms is lost, as far as they have one sign."""
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        rows = torch.arange(q.shape[2])[:, None]
+        return torch.where((rows > 100) & (out.mean(-1, keepdim=True).abs() > 0.5), 0.95 * out, out)
+
+    right = fp8(gate, window=None)
+    contenders = {
+        "hf_geoscale FP8": right,
+        "hf_geoscale FP8, b": Candidate(short_sums),
+        "their FP8": Candidate(short_sums),
+    }
+    contenders["their BF16"] = Candidate(short_sums)
+    found, reasons, faults = gate.correct(shape, contenders, "cpu")
+    assert list(found) == ["hf_geoscale FP8", "their FP8", "their BF16"]
+    assert re.fullmatch(
+        r'wrong: O has relative error \S+ at 256 tokens of "\+mean", allowed \S+', reasons["hf_geoscale FP8, b"]
+    )
+    assert faults == {"their FP8": reasons["hf_geoscale FP8, b"].removeprefix("wrong: ")}
 
 
 @pytest.mark.usefixtures("hardware_rounding")
@@ -171,7 +200,7 @@ def test_the_page_says_what_is_not_timed_and_how_many_plans_were_tried(gate, mon
 
     def measure(model, lengths):
         measured.append(model)
-        return [r | {"model": model} for r in rows], {"theirs": "ImportError: needs it"}
+        return [r | {"model": model} for r in rows], {"theirs": "ImportError: needs it"}, {"a": "O is far off"}
 
     monkeypatch.setattr(speed, "measure", measure)
     output = ["--output", str(tmp_path / "speed")]
@@ -185,6 +214,7 @@ def test_the_page_says_what_is_not_timed_and_how_many_plans_were_tried(gate, mon
     assert "| 1 × 64 | cuDNN FP8 | – | – | 2.00 | 5.00 | – | .050 |" in page
     assert "cuDNN FP8: the fastest of its plans at each length, of forward 1–2, backward 3." in page
     assert "Not timed: theirs (ImportError: needs it)." in page
+    assert "Timed, but wrong where sums grow (docs/sums.md): a (O is far off)." in page
     assert page.index("**n**") < page.index("**m**")
     assert "commit another." in page[page.index("**m**") :]
     assert "commit another." not in page[: page.index("**m**")]

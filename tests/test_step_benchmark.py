@@ -124,6 +124,15 @@ def _sdpa_off_by_one(module, query, key, value, mask, **options):
     return sdpa_attention_forward(module, query, key, value, visible[None, None], **options | {"is_causal": False})
 
 
+def _short_sums(module, query, key, value, mask, **options):
+    """O of rows of more than 64 keys loses up to three tenths where the values that it averages are alike."""
+    out, weights = sdpa_attention_forward(module, query, key, value, mask, **options)
+    alike = value.cumsum(2).abs() / value.abs().cumsum(2)  # (B, Hkv, L, D)
+    lost = 0.6 * (alike - 0.5).clamp_min(0).repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2)
+    lost[:, :64] = 0
+    return out * (1 - lost), weights
+
+
 FAULTS = {
     "a mask off by one": _sdpa_off_by_one,
     "twice the logits": lambda m, q, k, v, mask, **o: sdpa_attention_forward(m, 2 * q, k, v, mask, **o),
@@ -131,8 +140,11 @@ FAULTS = {
 }
 
 
-def test_faults_beyond_the_gates_length_are_found_at_full_length(step, monkeypatch):
-    """Queries and keys as far from zero as those of Llama-3-8B's shape: logits of standard deviation 1.6."""
+def beyond_the_gate(step, faults: dict, monkeypatch):
+    """A comparison of 256 tokens with attention that is wrong beyond GATE_LENGTH, and what its gate allows.
+
+    Queries and keys are as far from zero as those of Llama-3-8B's shape: logits of standard deviation 1.6.
+    """
     monkeypatch.setattr(step, "GATE_LENGTH", 64)
     comparison = step.Comparison(step.Configuration("smoke", 256, "plain", None, 2), BOTH, "cpu")
     with torch.no_grad():
@@ -140,7 +152,7 @@ def test_faults_beyond_the_gates_length_are_found_at_full_length(step, monkeypat
             for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
                 projection.weight *= (4096 / 128) ** 0.5
     comparison.contenders["hf_geoscale"] = comparison.contend("hf_geoscale")  # scales of the new weights
-    for name, wrong in FAULTS.items():
+    for name, wrong in faults.items():
 
         def attend(module, query, *rest, wrong=wrong, **options):
             right = query.shape[2] <= 64
@@ -150,11 +162,21 @@ def test_faults_beyond_the_gates_length_are_found_at_full_length(step, monkeypat
         AttentionMaskInterface.register(name, lambda *a, **k: None)
         comparison.contenders[name] = comparison.contend("SDPA flash")
         comparison.contenders[name].model.set_attn_implementation(name)
-    allowed = comparison.gate()
+    return comparison, comparison.gate()
+
+
+def test_faults_beyond_the_gates_length_are_found_at_full_length(step, monkeypatch):
+    comparison, allowed = beyond_the_gate(step, FAULTS, monkeypatch)
     assert list(comparison.contenders) == BOTH
     assert set(comparison.first) == {*BOTH, *FAULTS, "allowed"}, "found before the full length"
     assert all(comparison.status[name].startswith("wrong: losses of tokens differ by") for name in FAULTS)
     assert allowed.mean_loss(255) < 0.2 * allowed.loss
+
+
+def test_sums_that_are_too_short_are_found_on_repeated_tokens(step, monkeypatch):
+    comparison, _ = beyond_the_gate(step, {"short sums": _short_sums}, monkeypatch)
+    assert list(comparison.contenders) == BOTH
+    assert comparison.status["short sums"].startswith("wrong: on repeated tokens, ")
 
 
 def test_no_memory_is_a_row(step, monkeypatch):

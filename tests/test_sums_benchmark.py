@@ -49,6 +49,17 @@ class TestInputs:
         found = coherent.exact(q, k, v, grad, bounds, softcap=softcap)
         assert all(coherent.relative(x, y.detach()) < FLOAT64 for x, y in zip(found, expected, strict=True))
 
+    def test_exact_attention_with_dropout(self):
+        q, k, v, grad = (x.detach().double() for x in coherent.draw("+mean", 40, 16))
+        kept = torch.rand(1, 2, 40, 40, generator=torch.Generator().manual_seed(0)) < 0.75
+        bounds = coherent.spans(40, "cpu")
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        hidden = torch.ones(40, 40).triu(1).bool()
+        p = (q @ k.mT / 4).masked_fill(hidden, -torch.inf).softmax(-1) * kept / 0.75
+        expected = [p @ v, *torch.autograd.grad(p @ v, leaves, grad)]
+        found = coherent.exact(q, k, v, grad, bounds, keep=lambda rows, keys: kept[:, :, rows, keys], survival=0.75)
+        assert all(coherent.relative(x, y.detach()) < FLOAT64 for x, y in zip(found, expected, strict=True))
+
     def test_forms(self):
         spans = {form: coherent.spans(64, "cpu", **coherent.masked(form, 64))[0] for form in coherent.FORMS}
         rows = torch.arange(64)
@@ -147,7 +158,6 @@ class TestPage:
         report = importlib.import_module("sums_report")
         page = (ROOT / "docs" / "sums.md").read_text()
         assert report.replaced(page, "bound", report.bound_part()) == page
-        records = ROOT / "docs" / "sums.jsonl"
-        if records.exists():
-            found = [json.loads(line) for line in records.read_text().splitlines()]
-            assert report.replaced(page, "records", report.records_part(found)) == page
+        path = ROOT / "docs" / "sums.jsonl"
+        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        assert report.replaced(page, "records", report.records_part(found)) == page
