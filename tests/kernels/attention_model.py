@@ -20,7 +20,7 @@ from hf_geoscale.kernels.statistics import AttentionStatistics
 from hf_geoscale.kernels.tiles import Tiles
 from hf_geoscale.scaling.formats import saturating_cast
 
-from .accumulator import RunningSum, multiply_add
+from .accumulator import RunningSum, fp8_matmul
 from .samples import scales
 
 PROBABILITY_LOG2 = math.log2(reference.PROBABILITY_QUANT_SCALE)
@@ -31,11 +31,12 @@ BLOCK_ROWS = 64
 
 @dataclass(frozen=True)
 class Tiling:
-    """Positions of the sequence that one product of a tile contracts, by kernel."""
+    """Positions of the sequence that one product of a tile contracts, by kernel, and channels of S and dP."""
 
     forward: int  # keys
     query_gradient: int  # keys
     key_gradient: int  # rows
+    channels: int | None = None  # in S and dP, that share an accumulator; None: all of them
 
 
 def hopper_launch() -> ModuleType:
@@ -64,11 +65,6 @@ def hopper_tilings() -> dict[int, Tiling]:
 def portable_tiling(tiles: Tiles) -> Tiling:
     """Of the portable kernels, for a row of their tables."""
     return Tiling(tiles.forward.keys, tiles.query_gradient.keys, tiles.key_gradient.rows)
-
-
-def product(a8: Tensor, b8: Tensor) -> Tensor:
-    """a8·b8 of one tile in a fresh accumulator: (M, K) and (K, N) → (M, N)."""
-    return multiply_add(a8, b8, torch.zeros(a8.shape[0], b8.shape[1]))
 
 
 def blocks(start: int, stop: int, length: int) -> list[slice]:
@@ -101,18 +97,18 @@ class AttentionModel:
         quant_scales = [scales(*heads)[f"{name}_quant_scale"] for name in "qkv"]
         options = Options(self.dim**-0.5)
         operands = quantize(*heads, *quant_scales, None, options, "standard", AttentionStatistics())
-        self.q8, self.k8, self.v8 = (x[0, 0] for x in (operands.q8, operands.k8, operands.v8))
+        self.q8, self.k8, self.v8 = (x[0, 0].float() for x in (operands.q8, operands.k8, operands.v8))
         self.q_descale, self.k_descale, self.v_descale = (float(1 / x) for x in quant_scales)
         self.softmax_scale = options.softmax_scale
         self.factor = self.q_descale * self.k_descale * self.softmax_scale * math.log2(math.e)
-        self.v_norm = self.v8.float().norm(dim=-1).amax()
+        self.v_norm = self.v8.norm(dim=-1).amax()
 
     @cached_property
     def scales_of_groups(self) -> tuple[Tensor, Tensor]:
         """quant_scale of dO′ and of dS in dK, by group of rows: (groups,) each, from row sums of exact products."""
         sums = []
         for rows in torch.arange(self.length).split(512):
-            s = self.q8[rows].float() @ self.k8.float().T * self.factor
+            s = self.q8[rows] @ self.k8.T * self.factor
             s.masked_fill_(torch.arange(self.length) > rows[:, None], -math.inf)
             sums.append(torch.exp2(s - s.amax(1, keepdim=True)).sum(1))
         quant_scale, norm = reference.gradient_scales(self.grad[None, None], torch.cat(sums)[None, None])
@@ -121,10 +117,14 @@ class AttentionModel:
     def _sum(self, rows: int, tile: int) -> RunningSum:
         return RunningSum(rows, self.dim, tile if self.promoted else None)
 
+    def _over_channels(self, a8: Tensor, b8: Tensor) -> Tensor:
+        """a8·b8ᵀ of one tile, S or dP: (M, D) and (N, D) → (M, N)."""
+        return fp8_matmul(a8, b8.T, self.tiling.channels)
+
     def _logits(self, rows: Tensor, keys: slice) -> Tensor:
         """q8·k8 of rows (R,), −∞ where hidden: (R, K)."""
         position = torch.arange(keys.start, keys.stop)
-        return product(self.q8[rows], self.k8[keys].T).masked_fill_(position > rows[:, None], -math.inf)
+        return self._over_channels(self.q8[rows], self.k8[keys]).masked_fill_(position > rows[:, None], -math.inf)
 
     def forward(self, index: Tensor) -> Rows:
         """Rows (R,), ascending, in blocks of 64 as the kernels have them."""
@@ -147,22 +147,22 @@ class AttentionModel:
         return out, largest * self.factor, row_sum / reference.PROBABILITY_QUANT_SCALE
 
     def _gradient(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """dO′8 (R, D), its quant_scale and δ in units of dO′8·v8 (R, 1)."""
+        """dO′8 (R, D) in float32, its quant_scale and δ in units of dO′8·v8 (R, 1)."""
         quant_scale = self.scales_of_groups[0][rows.index // reference.GRADIENT_ROWS, None]
-        do8 = saturating_cast(self.grad[rows.index] / rows.row_sum * quant_scale)
-        return do8, quant_scale, (do8.float() * rows.out.float()).sum(-1, keepdim=True) / self.v_descale
+        do8 = saturating_cast(self.grad[rows.index] / rows.row_sum * quant_scale).float()
+        return do8, quant_scale, (do8 * rows.out.float()).sum(-1, keepdim=True) / self.v_descale
 
     def query_gradient(self, rows: Rows) -> Tensor:
         """dQ of these rows: (R, D)."""
         tile, parts = self.tiling.query_gradient, []
         do8, quant_scale, delta = self._gradient(rows)
-        row_scale = reference.logit_gradient_quant_scale(do8.float().norm(dim=-1, keepdim=True), self.v_norm, 1.0)
+        row_scale = reference.logit_gradient_quant_scale(do8.norm(dim=-1, keepdim=True), self.v_norm, 1.0)
         for some in blocks(0, len(rows.index), BLOCK_ROWS):
             index = rows.index[some]
             sums = self._sum(len(index), tile)
             for keys in blocks(0, int(index[-1]) + 1, tile):
                 p = torch.exp2(self._logits(index, keys) * self.factor - rows.largest[some])
-                ds = p * (product(do8[some], self.v8[keys].T) - delta[some]) * row_scale[some]
+                ds = p * (self._over_channels(do8[some], self.v8[keys]) - delta[some]) * row_scale[some]
                 sums.add(saturating_cast(ds), self.k8[keys])
             parts.append(sums.value())
         unit = self.v_descale / quant_scale * self.softmax_scale / row_scale * self.k_descale
@@ -183,7 +183,7 @@ class AttentionModel:
             dv.rescale(dv_unit / new_dv_unit)
             dk_unit, dv_unit = new_dk_unit, new_dv_unit
             p = torch.exp2(self._logits(index, keys) * self.factor - rows.largest[some])
-            ds = p * (product(do8[some], self.v8[keys].T) - delta[some]) * group_scale
+            ds = p * (self._over_channels(do8[some], self.v8[keys]) - delta[some]) * group_scale
             dk.add(saturating_cast(ds).T, self.q8[index])
             dv.add(saturating_cast(p * reference.PROBABILITY_QUANT_SCALE).T, do8[some])
         return hadamard((dk.value() * dk_unit)[None, None])[0, 0], dv.value() * dv_unit

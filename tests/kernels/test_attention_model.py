@@ -1,6 +1,7 @@
 """The model of whole attention: it predicts what the kernels lost in one accumulator, and that tiles of their own lose nothing."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,6 +80,27 @@ class TestOutputAndQueryGradient:
         assert max(found["O"], found["last"]) <= COHERENT_ERROR
         if "dQ" in found:
             assert found["dQ"] < MEASURED[case, length]["dQ"]
+
+
+class TestChannels:
+    """dP − δ cancels where rows attend evenly: what dP loses beside a dominating channel stays, of one sign in a whole row."""
+
+    LENGTH = 4096
+
+    def error(self, case: str, channels: int | None) -> float:
+        """Of dQ of SAMPLE rows."""
+        tiling = replace(hopper_tilings()[DIM], channels=channels)
+        step = self.LENGTH // SAMPLE
+        model = AttentionModel(*problem(case, self.LENGTH), tiling, True)
+        rows = model.forward(torch.arange(step - 1, self.LENGTH, step))
+        return relative(model.query_gradient(rows), truth(case, self.LENGTH, step - 1, step)[1])
+
+    def test_a_dominating_channel_costs_dq_more_than_rounding_does(self):
+        """With 32 channels at a time dP is nearly exact: what remains is the rounding to E4M3."""
+        assert self.error("dominant channel", None) > 1.5 * self.error("dominant channel", 32)
+
+    def test_channels_that_are_alike_do_not(self):
+        assert self.error("+mean", None) <= OVER_SPECIFICATION * self.error("+mean", 32)
 
 
 @functools.cache
