@@ -31,11 +31,12 @@ BLOCK_ROWS = 64
 
 @dataclass(frozen=True)
 class Tiling:
-    """Positions of the sequence that one product of a tile contracts, by kernel, and channels of S and dP."""
+    """Positions of the sequence that share an accumulator of the matrix unit, by what they sum to, and channels of S and dP."""
 
-    forward: int  # keys
+    forward: int  # keys, of O
     query_gradient: int  # keys
-    key_gradient: int  # rows
+    key_gradient: int  # rows, a multiple of those of dV
+    value_gradient: int  # rows, of one tile
     channels: int | None = None  # in S and dP, that share an accumulator; None: all of them
 
 
@@ -54,8 +55,9 @@ def hopper_tilings() -> dict[int, Tiling]:
     launch = hopper_launch()
     return {
         dim: Tiling(
-            rings.forward.length,
-            launch.QUERY_PRODUCT.get(dim, rings.query_gradient).length,
+            rings.forward.promotion,
+            launch.QUERY_PRODUCT.get(dim, rings.query_gradient).promotion,
+            rings.key_gradient.promotion,
             rings.key_gradient.length,
         )
         for dim, rings in launch.TABLE.items()
@@ -64,7 +66,7 @@ def hopper_tilings() -> dict[int, Tiling]:
 
 def portable_tiling(tiles: Tiles) -> Tiling:
     """Of the portable kernels, for a row of their tables."""
-    return Tiling(tiles.forward.keys, tiles.query_gradient.keys, tiles.key_gradient.rows)
+    return Tiling(tiles.forward.keys, tiles.query_gradient.keys, tiles.key_gradient.rows, tiles.key_gradient.rows)
 
 
 def blocks(start: int, stop: int, length: int) -> list[slice]:
@@ -170,8 +172,8 @@ class AttentionModel:
 
     def key_gradient(self, keys: slice, rows: Rows) -> tuple[Tensor, Tensor]:
         """dK and dV (K, D) of some keys; `rows` are all rows from those of the first of these keys' tile on."""
-        tile = self.tiling.key_gradient
-        dk, dv = (self._sum(keys.stop - keys.start, tile) for _ in range(2))
+        tile = self.tiling.value_gradient
+        dk, dv = (self._sum(keys.stop - keys.start, length) for length in (self.tiling.key_gradient, tile))
         dk_unit = dv_unit = torch.ones(())
         do8, quant_scale, delta = self._gradient(rows)
         for some in blocks(0, len(rows.index), tile):
