@@ -227,7 +227,7 @@ USES = (
         "A launch through Triton's Python takes longer than some kernels.",
         "Another minor release launches as Triton does, which is logged; results are the same."),
     Use("triton", "3.6 and 3.9",
-        ("experimental.gluon",),
+        ("experimental.gluon", "_reinterpret"),
         ("kernels/hopper",),
         "The Hopper kernels are written in Gluon.",
         "The portable kernels run, with a warning; the report names them."),
