@@ -60,7 +60,7 @@ class Rings:
 
 # padded head dimension → rings, for causal and full attention alike. Right: TFLOP/s of O | dQ | dK and dV, counted as in
 # `tiles.TABLE`: one H100 80 GB HBM3, 2026-11-22, torch 2.11, Triton 3.6, causal, one sequence of 16,384 tokens, 32/8 heads, in
-# sustained runs, where the card slows its clock to stay at 700 W; before float32 summed the tiles (5 to 15 % faster then).
+# sustained runs, where the card slows its clock to stay at 700 W, before float32 summed the tiles.
 TABLE = {
     64: Rings(Ring(128, 2, 3, 128), Ring(64, 6, 3, 256), Ring(64, 3, 3, 256)),  # 588 | 837 | 816
     128: Rings(Ring(128, 2, 3, 128), Ring(64, 3, 3, 64), Ring(64, 3, 2, 256)),  # 924 | 1178 | 1000
