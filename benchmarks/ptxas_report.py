@@ -15,11 +15,14 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from register_operands import disassembled, overwritten
 from triton.backends.compiler import GPUTarget
 
 from hf_geoscale.kernels import hopper, launch, passes, tiles
@@ -32,7 +35,18 @@ HEADS, KV_HEADS = 32, 8
 SHAPE_ARGUMENTS = "BM", "BN", "BLOCK", "STAGES", "CONSUMERS", "num_warps", "maxnreg"
 """Compile-time arguments that make up a launch shape."""
 
-COLUMNS = "case", "kernel", "launch shape", "registers", "spill bytes", "stack", "shared", "products", "warnings"
+COLUMNS = (
+    "case",
+    "kernel",
+    "launch shape",
+    "registers",
+    "spill bytes",
+    "stack",
+    "shared",
+    "products",
+    "overwritten",
+    "warnings",
+)
 
 
 @dataclass(frozen=True)
@@ -77,11 +91,12 @@ class Finding:
     stack: int
     shared: int
     products: int  # wgmma instructions in the PTX
+    overwritten: list[str]  # writes to an operand of a product under way: a fault of ptxas
     warnings: list[str] = field(default_factory=list)  # of serialised products, C75xx
 
     def cells(self) -> list[str]:
         spills = f"{self.spill_stores} + {self.spill_loads}" if self.spill_stores or self.spill_loads else "0"
-        numbers = self.registers, spills, self.stack, self.shared, self.products
+        numbers = self.registers, spills, self.stack, self.shared, self.products, len(self.overwritten)
         return [self.case, self.kernel, self.shape, *map(str, numbers), " ".join(self.warnings) or "–"]
 
 
@@ -101,8 +116,9 @@ class Hopper:
 class Compilations:
     """Replaces every launch by a compilation, and keeps the finding of each."""
 
-    def __init__(self, kernels: re.Pattern[str]):
-        self.kernels, self.case, self.findings = kernels, "", list[Finding]()
+    def __init__(self, kernels: re.Pattern[str], folder: Path):
+        self.kernels, self.folder, self.case, self.findings = kernels, folder, "", list[Finding]()
+        self.nvdisasm = Path(triton.knobs.nvidia.nvdisasm.path)
 
     def launch(self, kernel: DirectKernel, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         """In the place of `DirectKernel._launch`."""
@@ -128,6 +144,7 @@ class Compilations:
                 stack=most(r"(\d+) bytes stack frame", text),
                 shared=compiled.metadata.shared,
                 products=compiled.asm["ptx"].count("wgmma.mma_async"),
+                overwritten=overwritten(disassembled(compiled.asm["cubin"], self.folder, self.nvdisasm)),
                 warnings=sorted(set(re.findall(r"\bC75\d\d\b", text))),
             )
         )
@@ -226,13 +243,13 @@ def main() -> None:
     triton.runtime.driver.set_active(Hopper())
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
-    compilations = Compilations(re.compile(options.kernel))
-    DirectKernel._launch = lambda kernel, *arguments, **given: compilations.launch(kernel, *arguments, **given)
-    chosen = [case for case in cases(options.every) if re.search(options.case, case.name)]
-    for case in chosen:
-        compilations.case = case.name
-        use_case_kernels(case)
-        run(case)
+    with tempfile.TemporaryDirectory() as folder:
+        compilations = Compilations(re.compile(options.kernel), Path(folder))
+        DirectKernel._launch = lambda kernel, *arguments, **given: compilations.launch(kernel, *arguments, **given)
+        for case in (x for x in cases(options.every) if re.search(options.case, x.name)):
+            compilations.case = case.name
+            use_case_kernels(case)
+            run(case)
     if options.json:
         for finding in compilations.findings:
             print(json.dumps(asdict(finding) | {"triton": triton.__version__, "ptxas": assembler()}))

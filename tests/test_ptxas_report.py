@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.register_operands import overwritten
 from hf_geoscale.kernels.backend import TRITON_INSTALLED
 
 pytestmark = pytest.mark.skipif(not TRITON_INSTALLED, reason="needs Triton")
@@ -29,6 +30,33 @@ def test_each_kernel_has_a_finding():
     assert gradient["kernel"] == "query_gradient_kernel"
     assert gradient["products"] > 0
     assert "CONSUMERS 3" in gradient["shape"]
+    assert gradient["overwritten"] == transpose["overwritten"] == []
     for finding in (transpose, gradient):
         assert 0 < finding["registers"] <= 255
         assert {"spill_stores", "spill_loads", "stack", "warnings", "triton", "ptxas"} <= finding.keys()
+
+
+CODE = """
+        /*0010*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R88, R32, gdesc[UR12], R88 ;
+        /*0020*/              @!P0 FMUL {first}, R4, R5 ;
+        /*0030*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R88, R36, gdesc[UR16], R88, gsb0 ;
+        /*0040*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R24, R40, gdesc[UR16], R24, gsb0 ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, {allowed} ;
+        /*0060*/                   LDS.128 R36, [R4] ;
+        /*0070*/                   FMUL {last}, R4, R5 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "allowed", "last", "addresses"),
+    [
+        ("R36", "0x0", "R40", []),  # the second product is not under way at 0020
+        ("R35", "0x0", "R40", ["0020"]),
+        ("R36", "0x1", "R40", ["0070"]),  # the last group may still be under way
+        ("R36", "0x1", "R32", []),
+        ("R36", "0x2", "R32", ["0060", "0070"]),
+    ],
+)
+def test_operands_lost_under_way(first, allowed, last, addresses):
+    found = overwritten(CODE.format(first=first, allowed=allowed, last=last))
+    assert [line.split(":")[0] for line in found] == addresses

@@ -2,7 +2,8 @@
 
 "Rows" are (B, H, L, D), contiguous along D; "columns" are (B, H, D, Lp), contiguous along the sequence in `contraction_order`, zero
 from L to Lp. FP8 matrix units take no transposed operand, so each tensor is stored contiguous along what it is contracted over.
-FP32 input is rounded to BF16 by the caller: Triton 3.6 leaves bytes of a transposed FP32 → FP8 tile unwritten.
+The kernels here also read FP32, but the op rounds it to BF16 first, a part of its specification. The matrix
+unit's product with the Hadamard signs is exact for 16-bit operands alone, and the norms round to the operand's type.
 """
 
 import triton

@@ -17,6 +17,14 @@ RESIDUAL_GAIN = tl.constexpr(operands.RESIDUAL_GAIN)
 HEADS_AT_A_TIME = tl.constexpr(8)  # a guess; no other number was tried
 MIX_WIDTH = tl.constexpr(SIGNS_MAX)
 
+ROUND_FOUR = tl.constexpr("""{
+.reg .b16 low, high;
+cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+mov.b32 $0, {low, high};
+}""")
+"""PTX of four conversions float32 → E4M3 into one register: nearest, ties to even, ±448 beyond, NaN for NaN."""
+
 
 @triton.jit
 def contraction_order(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -45,8 +53,18 @@ def paired_row(position):
 
 @triton.jit
 def to_e4m3(x):
-    """Round to E4M3, clamping to ±448 first: no cast is relied on to saturate. NaN stays NaN."""
-    return tl.clamp(x, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+    """Round float32 to E4M3: nearest, ties to even. Values beyond ±448 become ±448, and NaN stays NaN.
+
+    Triton's own cast loses bytes where a tile is stored both as rows and as columns, with or without a
+    clamp (triton#11111). Rows need words and columns need bytes. ptxas up to 12.9 merges the conversions of
+    a word into one instruction. It extracts the bytes before that instruction, from registers that nothing
+    has written. In `ROUND_FOUR` a conversion has no use but its word.
+    """
+    if INTERPRETED:
+        x8 = tl.clamp(x, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+    else:
+        x8 = tl.inline_asm_elementwise(ROUND_FOUR, "=r,r,r,r,r", [x], dtype=tl.float8e4nv, is_pure=True, pack=4)
+    return x8
 
 
 @triton.jit
