@@ -15,7 +15,7 @@ from ..kernels.attention import kernel_operand
 from ..kernels.hadamard import hadamard
 from ..kernels.qk_norm import QKNorm, normalise_and_rotate
 from ..scaling import E4M3, QuantScales
-from .front_end import look_again
+from .front_end import fill_cache, look_again
 from .keywords import NOT_HONOURED, keywords_of_losses, parameters, refuse_paged_cache, unknown_keywords
 from .layer import GeoScaleLayer
 from .masks import CONTINUATION_ROWS, is_key_range, visibility_of_call
@@ -206,6 +206,7 @@ def geoscale_attention_forward(
     qk_norm: QKNorm | None = None,
     packed: Tensor | tuple[Tensor, Tensor, Tensor] | None = None,  # (B, L, (Hq + 2·Hkv)·D), or (B, L, H·D) each
     traced: bool = False,
+    past: Any = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """FP8 attention of a patched layer, in the attention interface's form: ((B, Lq, Hq, D), None).
@@ -215,7 +216,8 @@ def geoscale_attention_forward(
     cannot be honoured exactly raises UnsupportedAttentionError, or runs on SDPA, counted, with fallback="sdpa". SDPA has no soft
     cap: calls with one run in plain PyTorch instead (`softcap_attention_forward`). `rotary`, `qk_norm`, `packed` and `traced` come
     from the forwards of `front_end`: query and key are yet to be normalised and rotated; query, key and value are views of one
-    tensor, or of one each; and a compiler wrote down that forward earlier. A traced call has `packed` in their place.
+    tensor, or of one each; and a compiler wrote down that forward earlier. A traced call has `packed` in their
+    place, and a cache to fill, `past`.
 
     Raises:
         UnsupportedModelError: the module was never patched.
@@ -227,6 +229,8 @@ def geoscale_attention_forward(
         _refuse_changed(module, layer)
         if packed is not None:
             query, key, value = heads_first(packed, cast(int, module.head_dim))
+        if past is not None:
+            fill_cache(module, past, key, value, rotary, qk_norm)
     (batch, _, rows, _), keys = query.shape, key.shape[2]
     scaling = layer.site.softmax_scale if scaling is None else scaling
     # a fused forward takes no keyword that is not known

@@ -54,17 +54,28 @@ def _is_only_filled(attention: Any, past: Any) -> bool:
     return past.get_seq_length(attention.layer_idx) == 0
 
 
-def _attend(attention: Any, heads: Any, mask: Tensor | None, packed: Any, traced: bool = False, **options) -> Tensor:
-    """O, (B, L, Hq·D), of q, k and v (B, H, L, D), or where these are None of their projections, `packed`.
+def fill_cache(attention: Any, past: Any, key: Tensor, value: Tensor, rotary: Any, qk_norm: QKNorm | None) -> None:
+    """Hand a cache that a call only fills the keys, normalised and rotated, and the values: (B, Hkv, L, D) each."""
+    if qk_norm is not None:
+        key = rms_norm(key, *qk_norm[1:]).to(key.dtype)
+    past.update(key if rotary is None else rotate(key, *rotary), value, attention.layer_idx)
 
-    A traced call ends the compiler's graph with the projections, and the attention function views them by heads. A graph that
-    gave a projection and a view of it would make torch 2.9 to 2.13 read freed memory (docs/freed_memory.md).
+
+def _attend(
+    attention: Any, heads: Any, mask: Tensor | None, packed: Any, past: Any, traced: bool = False, **options
+) -> Tensor:
+    """O, (B, L, Hq·D), of q, k and v (B, H, L, D), or where these are None of their projections, `packed`. Fills the cache.
+
+    A traced call ends the compiler's graph with the projections. The attention function views them by heads, and fills the cache:
+    a graph that gave a projection and a view of it would make torch 2.9 to 2.13 read freed memory (docs/freed_memory.md).
     """
-    if heads is None:
-        if not traced:
-            heads = heads_first(packed, attention.head_dim)
-        else:
-            heads = packed if type(packed) is tuple else (packed, packed, packed)
+    if heads is None and traced:
+        heads = packed if type(packed) is tuple else (packed, packed, packed)
+        options["past"] = past
+    else:
+        heads = heads or heads_first(packed, attention.head_dim)
+        if past is not None:
+            fill_cache(attention, past, heads[1], heads[2], options.get("rotary"), options.get("qk_norm"))
     out, _ = ALL_ATTENTION_FUNCTIONS[NAME](attention, *heads, mask, packed=packed, traced=traced, **options)
     return out.flatten(2)
 
@@ -181,13 +192,9 @@ class LlamaForward(FusedForward):
                 query, key, value = heads_first(rows, module.head_dim)
                 heads, rows = (module.q_norm(query), module.k_norm(key), value), None
         rotary = _halves(kwargs.pop("position_embeddings"))
-        if past is not None:
-            _, key, value = heads or heads_first(rows, module.head_dim)
-            keys = key if qk_norm is None else rms_norm(key, *qk_norm[1:]).to(key.dtype)
-            past.update(rotate(keys, *rotary), value, module.layer_idx)
         kwargs["dropout"] = module.attention_dropout if module.training else 0.0
         kwargs |= {"scaling": module.scaling, "sliding_window": self.window(), "rotary": rotary, "qk_norm": qk_norm}
-        return module.o_proj(_attend(module, heads, mask, rows, **kwargs))
+        return module.o_proj(_attend(module, heads, mask, rows, past, **kwargs))
 
 
 class MistralForward(LlamaForward):
@@ -220,11 +227,9 @@ class GPT2Forward(FusedForward):
         for name in ("cache_position", "encoder_hidden_states", "encoder_attention_mask", "output_attentions"):
             kwargs.pop(name, None)  # the original does not pass them on either
         packed = module.c_attn(hidden_states)
-        if past is not None:
-            past.update(*heads_first(packed, module.head_dim)[1:], module.layer_idx)
         kwargs["dropout"] = module.attn_dropout.p if module.training else 0.0
         kwargs["scaling"] = getattr(module, "scaling", None)  # since transformers 5.4; the layer knows it before
-        return module.resid_dropout(module.c_proj(_attend(module, None, mask, packed, **kwargs)))
+        return module.resid_dropout(module.c_proj(_attend(module, None, mask, packed, past, **kwargs)))
 
 
 FORWARDS: dict[str, type[FusedForward]] = {

@@ -14,9 +14,10 @@ def rotate(
 
     Pairs are (d, d + R/2) as in Llama, or (2d, 2d + 1) with `interleaved` as in GPT-J. A factor on cos and sin (YaRN) scales both.
     """
-    half, pair = cos.shape[-1], -1 if interleaved else -2
+    width = 2 * cos.shape[-1]
     cos, sin = cos[:, None].float(), sin[:, None].float()
-    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-    first, second = turned.float().unflatten(-1, (half, 2) if interleaved else (2, half)).unbind(pair)
-    pairs = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=pair)
-    return torch.cat([pairs.flatten(-2).to(x.dtype), rest], dim=-1)
+    turned, rest = x[..., :width].float(), x[..., width:]
+    first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+    pairs = [first * cos - second * sin, second * cos + first * sin]
+    turned = torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)

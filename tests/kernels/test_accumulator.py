@@ -91,6 +91,9 @@ def inputs(kind: str, length: int, shared: int) -> tuple[Tensor, Tensor]:
     elif kind == "subnormal":
         rows = rows * torch.where(position % WIDTH == 0, 2.0**-8, 2.0**-9)
         columns = columns * torch.where(position % WIDTH == 0, 200.0, 2.0**-7)
+    elif kind == "zeros":  # as hidden keys are, beside large values: a product of nothing must have no exponent
+        rows = torch.where(position % 2 == 0, 0.0, 2.0**-6)[None].repeat(COLUMNS, 1)
+        columns = torch.where(position % 2 == 0, 448.0, 2.0**-6)[None].repeat(COLUMNS, 1)
     elif kind == "any bytes":
         rows, columns = (torch.randint(0, 127, rows.shape, generator=generator, dtype=torch.uint8) for _ in range(2))
         rows = rows | torch.randint(0, 2, rows.shape, generator=generator, dtype=torch.uint8) << 7
@@ -102,7 +105,7 @@ def inputs(kind: str, length: int, shared: int) -> tuple[Tensor, Tensor]:
 
 KINDS = (
     *("dominating", "one dominating an instruction", "like", "alternating", "growing", "shrinking", "spread"),
-    *("subnormal", "any bytes"),
+    *("subnormal", "zeros", "any bytes"),
 )
 SUMS = [(LENGTH, interval) for interval in INTERVALS] + [(channels, None) for channels in CHANNELS]
 """Sums over the sequence, and those over channels that S and dP are."""

@@ -143,9 +143,10 @@ def multiply_tiles(
     dv = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
     unused = gl.zeros([ROWS, BM], gl.float32, S)
     unused_dv = gl.zeros([ROWS, DP], gl.float32, accumulator(DP))
-    dk_sum = dk_sum.index(WHICH)
+    memory = dk_sum.index(WHICH)
+    dk_sum = reinterpret(memory, gl.float32, [DP // 8, 512], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     dk_sum.store(quads(dk, DP))
-    dk_unit, dv_unit, dk_ratio = 1.0, 1.0, 1.0
+    dk_unit, dv_unit, sum_unit = 1.0, 1.0, 1.0
     mbarrier.wait(held, 0)
     if DP == 128:  # half of what S and dP read of shared memory, where the registers suffice
         k = k.load(gl.DotOperandLayout(0, S, 4))
@@ -156,10 +157,10 @@ def multiply_tiles(
             # rows of one group share the scales of dO′8 and dS8: the accumulators change units in between
             p_scales = p_group + (i_head * n_groups + group) * 4
             group_factor = gl.load(p_scales)
-            new_dk_unit, new_dv_unit = gl.load(p_scales + 1), gl.load(p_scales + 2)
-            dk_ratio *= dk_unit / new_dk_unit
+            dk_unit, new_dv_unit = gl.load(p_scales + 1), gl.load(p_scales + 2)
+            rescale = sum_unit / dk_unit
             dv *= dv_unit / new_dv_unit
-            dk_unit, dv_unit = new_dk_unit, new_dv_unit
+            dv_unit = new_dv_unit
             low, high = max(block_start, group * GROUP), min(block_stop, (group + 1) * GROUP)
             begin = min(max(start, low), high)
             end = max(min(stop, high), begin)
@@ -167,8 +168,8 @@ def multiply_tiles(
             summed = 0
             for start_row in range(begin, end, BM):
                 if summed == PROMOTION:
-                    dk_ratio = promote(dk_sum, dk_ratio, dk, DP)
-                    summed = 0
+                    promote(dk_sum, rescale, dk, DP)
+                    sum_unit, rescale, summed = dk_unit, 1.0, 0
                 stage = wait_ready(ready, turn, STAGES)
                 s = warpgroup_mma(k, q.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
                 dp = warpgroup_mma(v, grad.index(stage).permute((1, 0)), unused, use_acc=False, is_async=True)
@@ -209,15 +210,16 @@ def multiply_tiles(
                 mbarrier.arrive(free.index(stage), count=1)
                 turn += 1
             if summed > 0:
-                dk_ratio = promote(dk_sum, dk_ratio, dk, DP)
+                promote(dk_sum, rescale, dk, DP)
+                sum_unit = dk_unit
             turn = skip_tiles(ready, free, turn, end, high, BM, STAGES)
     if STORED:
         wait_stored()
     stride_b, stride_h, stride_l, _, _ = strides
     dv *= dv_unit
     store_tile(p_dv, dv, batch, kv_head, start_key, n_keys, stride_b, stride_h, stride_l, D, DP)
-    dk = load_sum(dk_sum, dk_ratio * dk_unit, DP)
-    signs = load_over(dk_sum, d_signs, signs_ready.index(WHICH)) if MIX else None
+    dk = load_sum(dk_sum, sum_unit, DP)
+    signs = load_over(memory, d_signs, signs_ready.index(WHICH)) if MIX else None
     store_gradient(p_dk, dk, signs, p_cos, p_sin, batch, kv_head, start_key, n_keys, strides, D, DP, MIX, TURNED)
 
 
@@ -294,7 +296,8 @@ def key_gradient_kernel(
     pointers = (p_q_quant_scale, p_k_quant_scale, p_range, p_span, p_group, p_cos, p_sin, p_dk, p_dv)
     strides = (dk_b, dk_h, dk_l, cos_b, cos_l)
     storing = (d_stored, allocate(d_stored, CONSUMERS * BUFFERS) if STORED else None, first_kv * heads)
-    dk_sum = gl.allocate_shared_memory(gl.float32, [CONSUMERS, DP // 8, 512], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    # aligned for what is loaded over it in the end
+    dk_sum = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS, ROWS, 2 * DP], gl.NVMMASharedLayout(128, 16, 2))
     signs_ready = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(signs_ready.index(i), count=1)

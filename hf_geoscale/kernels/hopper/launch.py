@@ -30,6 +30,12 @@ class Ring:
     promotion: int
     """Positions that the matrix unit sums before float32 does, a multiple of `length` (docs/sums.md). Of dV it is `length`."""
 
+    def __post_init__(self) -> None:
+        if self.promotion < self.length or self.promotion % self.length:
+            raise ValueError(
+                f"promotion must be a multiple of the {self.length} positions of a tile, got {self.promotion}"
+            )
+
     @property
     def block(self) -> int:
         """Rows or keys of one program."""

@@ -87,7 +87,7 @@ def store_pairs(d_stored, buffer, i_tile, pairs):
 
 @gluon.jit
 def wait_stored():
-    """Wait until shared memory is free of what `store_transposed` stores: before a program ends."""
+    """Wait until shared memory is free of what `store_pairs` stores: before a program ends."""
     tma.store_wait(pendings=0)
 
 
